@@ -1,0 +1,34 @@
+# make demo   install, render the demo data, train, evaluate, show the table
+# make test   the fast tests
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test test-slow lint
+
+# The stamp is younger than what it was installed from, so that a second call installs nothing.
+$(INSTALLED): setup.py requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	@echo "installing (torch is large: this takes a few minutes the first time)"
+	$(BIN)/python -m pip install --progress-bar on -r requirements.txt -e '.[offline,dev]'
+	touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/python bin/make_demo_dataset.py demo/data
+	$(BIN)/python bin/run_patchcore.py --device cpu --save_segmentation_images --save_patchcore_model \
+		--log_project demo --log_group PatchCore demo/results \
+		patch_core -b efficientnet_lite0 -le blocks.2 -le blocks.4 --anomaly_scorer_num_nn 1 \
+		sampler -p 0.1 approx_greedy_coreset dataset --batch_size 8 mpdd demo/data
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow -rs
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy

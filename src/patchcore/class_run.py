@@ -1,0 +1,265 @@
+"""One class of a run: train, calibrate, score, measure, write its files."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from patchcore.configs import DatasetConfig, OutputConfig, TrainingSource
+from patchcore.datasets.images import crop_labels, place
+from patchcore.datasets.inspection import GOOD, DatasetSplit, ImageLoader, InspectionDataset
+from patchcore.datasets.registry import dataset_class
+from patchcore.detector import AnomalyDetector, DetectorBuilder
+from patchcore.errors import DataError
+from patchcore.evaluation.metrics import label_regions
+from patchcore.evaluation.plots import Caption, HeatScale, segmentation_picture
+from patchcore.evaluation.summary import class_metrics, defect_metrics
+from patchcore.runtime import peak_memory_megabytes, progress, reset_peak_memory
+from patchcore.scoring.calibration import Calibration, MapStatistics, calibrate
+from patchcore.storage import run_folder
+from patchcore.storage.run_folder import ClassResult
+
+LOGGER = logging.getLogger(__name__)
+
+LATENCY_IMAGES = 20
+LATENCY_WARMUP = 2
+SCALE_HEADROOM = 1.5  # the threshold lies at two thirds of the colour scale: defects beyond it still differ
+
+
+@dataclass(frozen=True)
+class ClassTask:
+    """What the processing of every class of a run has in common."""
+
+    folder: Path
+    dataset: DatasetConfig
+    outputs: OutputConfig
+    device: torch.device
+
+    def row_name(self, category: str) -> str:
+        return f"{self.dataset.name}_{category}"
+
+
+@dataclass(frozen=True)
+class _TestResult:
+    """Raw results on the test images of one class, in the order of the records."""
+
+    scores: np.ndarray  # float32 [N]
+    maps: np.ndarray | None  # float32 [N, S, S]
+    masks: np.ndarray | None  # uint8 [N, S, S]
+    images: np.ndarray | None  # uint8 [N, 3, S, S], kept for pictures alone
+    timings: dict[str, float | int | None]
+
+
+def train_class(task: ClassTask, category: str, seed: int, builder: DetectorBuilder, calibration: str) -> ClassResult:
+    """Train, calibrate and evaluate one class, and write its files."""
+    reset_peak_memory()
+    train, held_out, test = (open_dataset(task.dataset, category, split, seed) for split in DatasetSplit)
+    for part in (train, held_out, test):
+        part.check_files()
+    detector = builder(TrainingSource(task.dataset.name, category, seed))
+    started = time.perf_counter()
+    detector.fit(_loader(task, train))
+    trained = time.perf_counter()
+    detector.calibration_ = _calibrate(detector, calibration, held_out, task)
+    detector.release_training_data()
+    calibrated = time.perf_counter()
+    if task.outputs.models:
+        detector.save(task.folder / "models" / task.row_name(category))
+    timings = {
+        "train_images": len(train),
+        "train_seconds": trained - started,
+        "calibration_seconds": calibrated - trained,
+    }
+    return evaluate_class(task, category, detector, test, timings)
+
+
+def open_dataset(config: DatasetConfig, category: str, split: DatasetSplit, seed: int) -> InspectionDataset:
+    limit = config.limit_test if split is DatasetSplit.TEST else config.limit_train
+    return dataset_class(config.name)(
+        config.path,
+        category,
+        split,
+        config.preprocessing,
+        train_val_split=config.train_val_split,
+        limit=limit,
+        seed=seed,
+    )
+
+
+def _loader(task: ClassTask, dataset: InspectionDataset) -> ImageLoader:
+    pin_memory = task.device.type == "cuda"
+    return ImageLoader(dataset, task.dataset.batch_size, task.dataset.num_workers, pin_memory)
+
+
+def _calibrate(
+    detector: AnomalyDetector, method: str, held_out: InspectionDataset, task: ClassTask
+) -> Calibration | None:
+    """Calibrate on normal images that the scores' model has not seen; None where there are too few."""
+    if method == "none":
+        return None
+    if method == "kfold":
+        calibration = detector.out_of_fold_calibration()
+        if calibration is None:
+            LOGGER.warning("%s: one training image gives no threshold: calibration left out", held_out.category)
+        return calibration
+    if len(held_out) < 2:
+        raise DataError(
+            f"{held_out.category}: {len(held_out)} image(s) held out, calibration needs 2: lower --train_val_split"
+        )
+    result = _predict(detector, _loader(task, held_out), keep_images=False)
+    statistics = None
+    if result.maps is not None:
+        statistics = MapStatistics(result.maps.max(axis=(1, 2)), result.maps.mean(axis=(1, 2)))
+    return calibrate("split", 1, result.scores, statistics)
+
+
+def _predict(detector: AnomalyDetector, loader: ImageLoader, keep_images: bool) -> _TestResult:
+    """Score all images of a loader, and time it."""
+    scores, maps, masks, images = [], [], [], []
+    latency_inputs: list[torch.Tensor] = []
+    started = time.perf_counter()
+    for batch in progress(loader, f"{loader.dataset.category}: scoring", total=len(loader)):
+        prediction = detector.predict(batch["image"])
+        scores.append(prediction.scores)
+        if prediction.maps is not None:
+            maps.append(prediction.maps)
+        if "mask" in batch:
+            masks.append(batch["mask"].numpy())
+        if keep_images:
+            images.append(batch["image"].numpy())
+        if len(latency_inputs) < LATENCY_IMAGES:
+            latency_inputs += batch["image"].split(1)
+    seconds = time.perf_counter() - started
+    timings: dict[str, float | int | None] = {
+        "test_images": loader.num_images,
+        "images_per_second": loader.num_images / seconds,
+    }
+    timings |= _latency(detector, latency_inputs[:LATENCY_IMAGES])
+    return _TestResult(
+        np.concatenate(scores),
+        np.concatenate(maps) if maps else None,
+        np.concatenate(masks) if masks else None,
+        np.concatenate(images) if images else None,
+        timings,
+    )
+
+
+def _latency(detector: AnomalyDetector, images: Sequence[torch.Tensor]) -> dict[str, float | int | None]:
+    """Return the median and 95th percentile of the time for one image that is in memory, ms."""
+    for image in images[:LATENCY_WARMUP]:
+        detector.predict(image)
+    milliseconds = []
+    for image in images:
+        started = time.perf_counter()
+        detector.predict(image)
+        milliseconds.append(1000 * (time.perf_counter() - started))
+    p50, p95 = np.percentile(milliseconds, [50, 95])
+    return {"latency_p50_ms": float(p50), "latency_p95_ms": float(p95)}
+
+
+def evaluate_class(
+    task: ClassTask,
+    category: str,
+    detector: AnomalyDetector,
+    test: InspectionDataset,
+    timings: dict[str, Any],
+) -> ClassResult:
+    """Score the test images of one class, compute its numbers, and write its files; the record comes last."""
+    row_name = task.row_name(category)
+    result = _predict(detector, _loader(task, test), keep_images=task.outputs.segmentation_images)
+    calibration = detector.calibration_
+    threshold = calibration.image.threshold if calibration else None
+    defect_types = [r.defect_type for r in test.records]
+    labels = np.array([r.is_anomalous for r in test.records])
+    metrics = class_metrics(result.scores, labels, result.maps, result.masks, threshold)
+    by_defect = defect_metrics(result.scores, defect_types, result.maps, result.masks, threshold, GOOD)
+    _count_regions(test, by_defect)
+    timings = {
+        "train_images": None,
+        "train_seconds": None,
+        "calibration_seconds": None,
+        **timings,
+        **result.timings,
+        "peak_memory_mb": peak_memory_megabytes(),
+        "model_mb": sum(t.nbytes for t in detector.tensors().values()) / 1e6,
+    }
+    _write_scores(task, row_name, test, result, calibration)
+    if task.outputs.segmentation_images:
+        _write_pictures(task.folder / "segmentation_images" / row_name, test, result, calibration)
+    record = ClassResult(row_name, metrics, by_defect, timings)
+    run_folder.save_class_result(task.folder, record)
+    return record
+
+
+def _count_regions(test: InspectionDataset, by_defect: list[dict[str, Any]]) -> None:
+    """Add to each defect type how many regions its full-size masks have, and how many resize and crop emptied."""
+    counts = {row["defect_type"]: [0, 0] for row in by_defect}
+    for index, record in enumerate(test.records):
+        if record.mask_path is None or record.defect_type not in counts:
+            continue
+        mask = test.full_mask(index)
+        labels, num_regions = label_regions(mask)
+        placement = place(mask.shape[0], mask.shape[1], test.preprocessing)
+        kept = np.unique(crop_labels(labels, placement, padding=0))
+        counts[record.defect_type][0] += num_regions
+        counts[record.defect_type][1] += num_regions - int((kept > 0).sum())
+    for row in by_defect:
+        row["num_regions"], row["num_regions_lost"] = counts[row["defect_type"]] if test.has_masks else (None, None)
+    lost = sum(count[1] for count in counts.values())
+    if lost:
+        LOGGER.warning("%s: resize and crop emptied %d defect region(s), which PRO leaves out", test.category, lost)
+
+
+def _write_scores(
+    task: ClassTask, row_name: str, test: InspectionDataset, result: _TestResult, calibration: Calibration | None
+) -> None:
+    """Write the csv of image scores, and the raw maps if they were asked for."""
+    paths = [r.path.relative_to(test.root).as_posix() for r in test.records]
+    rows: list[list[run_folder.Cell]] = []
+    normalized = calibration.image.normalized(result.scores) if calibration else None
+    for i, record in enumerate(test.records):
+        score = float(result.scores[i])
+        decision = int(score > calibration.image.threshold) if calibration else None
+        level = float(normalized[i]) if normalized is not None else None
+        rows.append([paths[i], record.defect_type, int(record.is_anomalous), score, level, decision])
+    run_folder.write_image_scores(task.folder / "anomaly_scores" / f"{row_name}.csv", rows)
+    if task.outputs.anomaly_maps and result.maps is not None:
+        path = task.folder / "anomaly_scores" / f"{row_name}.npz"
+        run_folder.write_anomaly_maps(path, result.maps, result.masks, paths)
+
+
+def _write_pictures(
+    folder: Path, test: InspectionDataset, result: _TestResult, calibration: Calibration | None
+) -> None:
+    """Write one picture per test image, all on one colour scale."""
+    assert result.images is not None
+    if result.maps is None:
+        LOGGER.warning("%s: this method has no anomaly maps: no pictures are written", test.category)
+        return
+    scale = _heat_scale(result.maps, calibration)
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, record in enumerate(progress(test.records, f"{test.category}: pictures")):
+        threshold = calibration.image.threshold if calibration else None
+        name = f"{record.defect_type}/{record.path.name}"
+        caption = Caption(name, record.defect_type, float(result.scores[i]), threshold)
+        mask = result.masks[i] if result.masks is not None else None
+        picture = segmentation_picture(result.images[i].transpose(1, 2, 0), mask, result.maps[i], scale, caption)
+        picture.save(folder / f"{record.defect_type}_{record.path.stem}.png")
+
+
+def _heat_scale(maps: np.ndarray, calibration: Calibration | None) -> HeatScale:
+    """Return the colour scale of a class: an ordinary normal pixel is cold, the threshold warm.
+
+    Without calibration there is no threshold, and the scale spans the maps that are shown.
+    """
+    if calibration is None or calibration.pixel is None or calibration.pixel_floor is None:
+        return HeatScale(float(maps.min()), float(maps.max()), None)
+    low, threshold = calibration.pixel_floor, calibration.pixel.threshold
+    return HeatScale(low, low + SCALE_HEADROOM * (threshold - low), threshold)

@@ -1,0 +1,272 @@
+"""The commands `run_patchcore` and `load_and_evaluate_patchcore`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import click
+
+from patchcore.cli.grammar import EXIT_FAILED, ChainedCommand, quiet_libraries
+from patchcore.cli.steps import (
+    CALIBRATION_OPTION,
+    CATEGORIES_OPTION,
+    DATASET_ARGUMENTS,
+    PREPROCESSING_OPTIONS,
+    READING_OPTIONS,
+    RUNTIME_OPTIONS,
+    dataset_step,
+    runtime_config,
+    sampler_step,
+    with_options,
+)
+from patchcore.configs import (
+    EMBEDDINGS,
+    NORMALIZATIONS,
+    BackboneConfig,
+    DatasetConfig,
+    OutputConfig,
+    PatchCoreConfig,
+    RunConfig,
+    RuntimeConfig,
+    SearchConfig,
+)
+from patchcore.runtime import log_to_console
+
+
+@click.group("run_patchcore", cls=ChainedCommand, required_steps=("patch_core", "sampler", "dataset"))
+@click.argument("results_path")
+@with_options(
+    *RUNTIME_OPTIONS,
+    click.option("--seed", "seeds", type=int, multiple=True, default=(0,), show_default=True, help="Repeatable."),
+    click.option("--log_group", default="group", show_default=True, help="Name of the run folder."),
+    click.option("--log_project", default="project", show_default=True, help="Folder above the run folder."),
+    click.option("--save_segmentation_images", is_flag=True, help="One picture per test image."),
+    click.option("--save_patchcore_model", is_flag=True, help="One model folder per class."),
+    click.option("--save_anomaly_scores", is_flag=True, help="Raw anomaly maps beside the image scores."),
+    click.option("--skip_existing", is_flag=True, help="Reuse the run folder of this name, do what is missing."),
+    CALIBRATION_OPTION,
+)
+def run_patchcore(**options: Any) -> None:
+    """Train PatchCore on good images and evaluate it: RESULTS_PATH, then the steps patch_core, sampler, dataset.
+
+    Tables, scores and pictures go to RESULTS_PATH/LOG_PROJECT/LOG_GROUP, or LOG_GROUP_0, _1, ... if that exists.
+    """
+
+
+@run_patchcore.result_callback()
+def _run(
+    steps: list[tuple[str, Any]],
+    results_path: str,
+    gpus: tuple[int, ...],
+    device: str,
+    threads: int | None,
+    seeds: tuple[int, ...],
+    log_group: str,
+    log_project: str,
+    save_segmentation_images: bool,
+    save_patchcore_model: bool,
+    save_anomaly_scores: bool,
+    skip_existing: bool,
+    calibration: str,
+) -> int:
+    step = dict(steps)
+    method, search = step["patch_core"]
+    run = RunConfig(
+        results_path=results_path,
+        log_project=log_project,
+        log_group=log_group,
+        seeds=seeds,
+        calibration=calibration,
+        outputs=OutputConfig(save_segmentation_images, save_patchcore_model, save_anomaly_scores),
+        skip_existing=skip_existing,
+        runtime=runtime_config(gpus, device, threads),
+    )
+    from patchcore.pipeline import train_and_evaluate
+
+    log_to_console()
+    quiet_libraries()
+    config = replace(method, sampler=step["sampler"])
+    complete = train_and_evaluate("patchcore", config, run, step["dataset"], search, click.echo)
+    return 0 if complete else EXIT_FAILED
+
+
+FAISS_OPTIONS = (
+    click.option("--faiss_on_gpu", is_flag=True, help="Search on the GPU where faiss was built for it."),
+    click.option(
+        "--faiss_num_workers", type=int, default=8, show_default=True, help="Threads of faiss, at most one per core."
+    ),
+)
+
+
+@run_patchcore.command("patch_core", short_help="The method: -b BACKBONE -le LAYER [-le LAYER ...] [OPTIONS]")
+@with_options(
+    click.option("-b", "--backbone_names", "backbones", multiple=True, help="Backbone, see the README for the table."),
+    click.option("-le", "--layers_to_extract_from", "layers", multiple=True, help="Layer; repeatable."),
+    click.option("--pretrain_embed_dimension", type=int, default=1024, show_default=True, help="Values per layer."),
+    click.option("--target_embed_dimension", type=int, default=1024, show_default=True, help="Values per patch."),
+    click.option("--preprocessing", default="mean", show_default=True, help="Only mean, as in the published runs."),
+    click.option("--aggregation", default="mean", show_default=True, help="Only mean, as in the published runs."),
+    click.option("--anomaly_scorer_num_nn", "num_nn", type=int, default=5, show_default=True, help="Neighbours, k."),
+    click.option("--patchsize", type=int, default=3, show_default=True, help="Side of the neighbourhood, odd."),
+    click.option("--patchscore", default="max", show_default=True, help="Only max, as in the published runs."),
+    click.option("--patchoverlap", type=float, default=0.0, show_default=True, help="Only 0: patches are dense."),
+    click.option("-pa", "--patchsize_aggregate", type=int, multiple=True, help="Refused: no effect in the original."),
+    *FAISS_OPTIONS,
+    click.option("--weights", multiple=True, help="One per -b: pretrained (default), random or a path."),
+    click.option("--embedding", type=click.Choice(EMBEDDINGS), default="pooled", show_default=True, help="Embedding."),
+    click.option(
+        "--normalization",
+        type=click.Choice(NORMALIZATIONS),
+        default="imagenet",
+        show_default=True,
+        help="Mean and std of images: ImageNet's for all, or the backbone's own.",
+    ),
+)
+def patch_core_step(
+    backbones: tuple[str, ...],
+    layers: tuple[str, ...],
+    pretrain_embed_dimension: int,
+    target_embed_dimension: int,
+    preprocessing: str,
+    aggregation: str,
+    num_nn: int,
+    patchsize: int,
+    patchscore: str,
+    patchoverlap: float,
+    patchsize_aggregate: tuple[int, ...],
+    faiss_on_gpu: bool,
+    faiss_num_workers: int,
+    weights: tuple[str, ...],
+    embedding: str,
+    normalization: str,
+) -> tuple[str, tuple[PatchCoreConfig, SearchConfig]]:
+    """PatchCore: backbone, layers, embedding, neighbours."""
+    _refuse("--preprocessing", preprocessing, "mean", "the published runs use no other")
+    _refuse("--aggregation", aggregation, "mean", "the published runs use no other")
+    _refuse("--patchscore", patchscore, "max", "it never had an effect in the original")
+    _refuse("--patchoverlap", patchoverlap, 0.0, "it never had an effect in the original")
+    _refuse("--patchsize_aggregate", patchsize_aggregate, (), "it never had an effect in the original")
+    config = PatchCoreConfig(
+        backbone=_backbone(backbones, layers, weights, normalization),
+        embedding=embedding,
+        pretrain_embed_dimension=pretrain_embed_dimension,
+        target_embed_dimension=target_embed_dimension,
+        patchsize=patchsize,
+        num_nn=num_nn,
+    )
+    return "patch_core", (config, SearchConfig(faiss_on_gpu, faiss_num_workers))
+
+
+def _refuse(option: str, value: object, default: object, reason: str) -> None:
+    """Refuse a value that would change nothing: an option without effect misleads."""
+    if value != default:
+        shown = "leave it out" if default == () else f"use {default} or leave it out"
+        raise click.UsageError(f"{option} {value} is not available, {reason}: {shown}")
+
+
+def _backbone(
+    names: tuple[str, ...], layers: tuple[str, ...], weights: tuple[str, ...], normalization: str
+) -> BackboneConfig:
+    """Combine what was typed for the backbone."""
+    if len(names) != 1:
+        found = ", ".join(names) or "none"
+        raise click.UsageError(f"{len(names)} backbones named ({found}), expected one -b: ensembles are not available")
+    if len(weights) > 1:
+        raise click.UsageError(f"{len(weights)} --weights for one backbone, expected one per -b")
+    return BackboneConfig(names[0], layers, weights[0] if weights else "pretrained", normalization)
+
+
+@click.group("load_and_evaluate_patchcore", cls=ChainedCommand, required_steps=("patch_core_loader", "dataset"))
+@click.argument("save_folder")
+@with_options(
+    *RUNTIME_OPTIONS,
+    click.option("--seed", type=int, default=0, help="Accepted for old scripts; only 0 or more, models fix the rest."),
+    click.option("--save_segmentation_images", is_flag=True, help="One picture per test image."),
+    click.option("--save_anomaly_scores", is_flag=True, help="Raw anomaly maps beside the image scores."),
+)
+def load_and_evaluate_patchcore(**options: Any) -> None:
+    """Evaluate stored models: SAVE_FOLDER, then the steps patch_core_loader and dataset."""
+
+
+@load_and_evaluate_patchcore.result_callback()
+def _load_and_evaluate(
+    steps: list[tuple[str, Any]],
+    save_folder: str,
+    gpus: tuple[int, ...],
+    device: str,
+    threads: int | None,
+    seed: int,
+    save_segmentation_images: bool,
+    save_anomaly_scores: bool,
+) -> int:
+    step = dict(steps)
+    paths, search = step["patch_core_loader"]
+    dataset, typed = step["dataset"]
+    runtime: RuntimeConfig = runtime_config(gpus, device, threads)
+    from patchcore.pipeline import TypedPreprocessing, load_and_evaluate
+
+    log_to_console()
+    quiet_libraries()
+    complete = load_and_evaluate(
+        method="patchcore",
+        model_paths=paths,
+        typed=TypedPreprocessing(**typed),
+        dataset=dataset,
+        save_folder=save_folder,
+        outputs=OutputConfig(save_segmentation_images, False, save_anomaly_scores),
+        runtime=runtime,
+        search=search,
+        announce=click.echo,
+    )
+    return 0 if complete else EXIT_FAILED
+
+
+@load_and_evaluate_patchcore.command("patch_core_loader", short_help="The models: -p FOLDER [-p FOLDER ...]")
+@with_options(
+    click.option("-p", "--patch_core_paths", "paths", multiple=True, required=True, help="Model folder; repeatable."),
+    *FAISS_OPTIONS,
+)
+def patch_core_loader_step(
+    paths: tuple[str, ...], faiss_on_gpu: bool, faiss_num_workers: int
+) -> tuple[str, tuple[tuple[str, ...], SearchConfig]]:
+    """Name the model folders."""
+    return "patch_core_loader", (paths, SearchConfig(faiss_on_gpu, faiss_num_workers))
+
+
+@load_and_evaluate_patchcore.command("dataset", short_help="What to read: [OPTIONS] mvtec|mpdd|folder DATA_PATH")
+@with_options(CATEGORIES_OPTION, *PREPROCESSING_OPTIONS, *READING_OPTIONS, *DATASET_ARGUMENTS)
+@click.pass_context
+def stored_dataset_step(
+    context: click.Context,
+    name: str,
+    data_path: str,
+    categories: tuple[str, ...],
+    resize: int,
+    imagesize: int,
+    resize_mode: str,
+    batch_size: int,
+    num_workers: int,
+    limit_test: int | None,
+) -> tuple[str, tuple[DatasetConfig, dict[str, Any]]]:
+    """Read the test images; resize and crop are those of the models, typed ones must agree."""
+    values = {"resize": resize, "imagesize": imagesize, "resize_mode": resize_mode}
+    typed = {
+        name: value
+        for name, value in values.items()
+        if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+    }
+    fields = {"resize": "resize_px", "imagesize": "imagesize_px", "resize_mode": "resize_mode"}
+    dataset = DatasetConfig(
+        name=name,
+        path=data_path,
+        categories=categories,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        limit_test=limit_test,
+    )
+    return "dataset", (dataset, {fields[name]: value for name, value in typed.items()})
+
+
+run_patchcore.add_command(sampler_step)
+run_patchcore.add_command(dataset_step)

@@ -1,0 +1,140 @@
+"""The steps and options that several commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from patchcore.configs import (
+    CALIBRATION_METHODS,
+    RESIZE_MODES,
+    DatasetConfig,
+    PreprocessingConfig,
+    RuntimeConfig,
+    SamplerConfig,
+)
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def with_options(*options: Callable[[F], F]) -> Callable[[F], F]:
+    """Apply several click decorators, the first one listed first in --help."""
+
+    def decorate(function: F) -> F:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+RUNTIME_OPTIONS: tuple[Callable[[Any], Any], ...] = (
+    click.option(
+        "--gpu", "gpus", type=int, multiple=True, default=(0,), show_default=True, help="GPU index; the first is used."
+    ),
+    click.option(
+        "--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps; auto takes --gpu if any."
+    ),
+    click.option("--threads", type=int, default=None, help="CPU threads; torch's own choice if left out."),
+)
+
+CALIBRATION_OPTION = click.option(
+    "--calibration",
+    type=click.Choice(CALIBRATION_METHODS),
+    default="kfold",
+    show_default=True,
+    help="Normal images for thresholds: out-of-fold training images, held-out ones, or none.",
+)
+
+
+def runtime_config(gpus: tuple[int, ...], device: str, threads: int | None) -> RuntimeConfig:
+    return RuntimeConfig(device=device, gpus=gpus, threads=threads)
+
+
+PREPROCESSING_OPTIONS: tuple[Callable[[Any], Any], ...] = (
+    click.option("--resize", type=int, default=256, show_default=True, help="Length after the resize, px."),
+    click.option("--imagesize", type=int, default=224, show_default=True, help="Side of the centre crop, px."),
+    click.option(
+        "--resize_mode",
+        type=click.Choice(RESIZE_MODES),
+        default="shorter",
+        show_default=True,
+        help="What --resize gives: the shorter side, both sides, or the longer side with padding.",
+    ),
+)
+
+READING_OPTIONS: tuple[Callable[[Any], Any], ...] = (
+    click.option("--batch_size", type=int, default=2, show_default=True, help="Images per batch."),
+    click.option(
+        "--num_workers",
+        type=int,
+        default=8,
+        show_default=True,
+        help="Processes that read images, at most one a core.",
+    ),
+    click.option("--limit_test", type=int, default=None, help="Test on so many images per defect type."),
+)
+
+CATEGORIES_OPTION = click.option(
+    "-d",
+    "--subdatasets",
+    "categories",
+    multiple=True,
+    help="Class; repeatable; every class found if left out.",
+)
+
+DATASET_ARGUMENTS: tuple[Callable[[Any], Any], ...] = (
+    click.argument("name"),
+    click.argument("data_path"),
+)
+
+
+@click.command("dataset", short_help="What to read: [OPTIONS] mvtec|mpdd|folder DATA_PATH")
+@with_options(
+    CATEGORIES_OPTION,
+    click.option("--train_val_split", type=float, default=1.0, show_default=True, help="Share of images trained on."),
+    *PREPROCESSING_OPTIONS,
+    *READING_OPTIONS,
+    click.option("--limit_train", type=int, default=None, help="Train on so many images, drawn with the seed."),
+    click.option("--augment", is_flag=True, help="Refused: no method here trains on augmented images yet."),
+    *DATASET_ARGUMENTS,
+)
+def dataset_step(
+    name: str,
+    data_path: str,
+    categories: tuple[str, ...],
+    train_val_split: float,
+    resize: int,
+    imagesize: int,
+    resize_mode: str,
+    batch_size: int,
+    num_workers: int,
+    limit_train: int | None,
+    limit_test: int | None,
+    augment: bool,
+) -> tuple[str, DatasetConfig]:
+    """Read images in the MVTec AD layout: NAME is mvtec, mpdd or folder, DATA_PATH holds the classes."""
+    if augment:
+        raise click.UsageError("--augment is not available: the original declares it without any effect: leave it out")
+    config = DatasetConfig(
+        name=name,
+        path=data_path,
+        categories=categories,
+        train_val_split=train_val_split,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        preprocessing=PreprocessingConfig(resize, imagesize, resize_mode),
+        limit_train=limit_train,
+        limit_test=limit_test,
+    )
+    return "dataset", config
+
+
+@click.command("sampler", short_help="Memory bank: [-p SHARE] identity|random|greedy_coreset|approx_greedy_coreset")
+@click.option("-p", "--percentage", type=float, default=0.1, show_default=True, help="Share of the patches kept.")
+@click.argument("name")
+def sampler_step(name: str, percentage: float) -> tuple[str, SamplerConfig]:
+    """Choose the memory bank: NAME is identity, random, greedy_coreset or approx_greedy_coreset."""
+    return "sampler", SamplerConfig(name, percentage)

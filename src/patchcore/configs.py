@@ -1,0 +1,382 @@
+"""Frozen configurations of data sets, methods and runs, and their way to JSON and back.
+
+A configuration is complete and valid once it is constructed. Reading one from JSON checks names and types,
+so that an edited file is refused by field instead of failing later.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from patchcore.errors import ConfigurationError
+
+RESIZE_MODES = ("shorter", "square", "letterbox")
+EMBEDDINGS = ("pooled", "concat")
+NORMALIZATIONS = ("imagenet", "backbone")
+DEMO_CATEGORIES = ("metal_plate", "bracket_black", "bracket_brown", "bracket_white")
+CALIBRATION_METHODS = ("none", "kfold", "split")
+
+C = TypeVar("C")
+
+
+def near_matches(name: str, known: Iterable[str]) -> str:
+    """Return "did you mean ...?" for a mistyped name, or the known names where none is near."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
+    if near:
+        return f"did you mean {' or '.join(near)}?"
+    return f"known: {', '.join(names)}"
+
+
+def require_choice(what: str, value: str, known: Iterable[str]) -> None:
+    """Raise ConfigurationError with near matches unless `value` is one of the known names."""
+    names = list(known)
+    if value not in names:
+        raise ConfigurationError(f"unknown {what} {value!r}: {near_matches(value, names)}")
+
+
+def require_at_least(what: str, value: int, minimum: int) -> None:
+    """Raise ConfigurationError unless `value` is `minimum` or more."""
+    if value < minimum:
+        raise ConfigurationError(f"{what} is {value}, expected {minimum} or more")
+
+
+def require_fraction(what: str, value: float) -> None:
+    """Raise ConfigurationError unless `value` lies in (0, 1]."""
+    if not (math.isfinite(value) and 0 < value <= 1):
+        raise ConfigurationError(f"{what} is {value}, expected a share in (0, 1], for example 0.1 for 10 %")
+
+
+@dataclass(frozen=True)
+class PreprocessingConfig:
+    """From an image file to the square that a detector sees.
+
+    Attributes:
+        resize_px: Length that the resize gives: of the shorter side ("shorter"), of both sides ("square") or
+            of the longer side, the rest padded ("letterbox").
+        imagesize_px: Side of the square cut from the centre afterwards, <= resize_px.
+        resize_mode: One of RESIZE_MODES.
+    """
+
+    resize_px: int = 256
+    imagesize_px: int = 224
+    resize_mode: str = "shorter"
+
+    def __post_init__(self) -> None:
+        require_choice("resize mode", self.resize_mode, RESIZE_MODES)
+        require_at_least("--imagesize", self.imagesize_px, 32)
+        if self.imagesize_px > self.resize_px:
+            raise ConfigurationError(
+                f"--imagesize {self.imagesize_px} is larger than --resize {self.resize_px}: a crop cannot be larger "
+                f"than the resized image, use --resize {self.imagesize_px} or more"
+            )
+
+
+@dataclass(frozen=True)
+class DatasetConfig:
+    """Which images a run reads, and how.
+
+    Attributes:
+        name: Name in the registry of data sets, for example "mpdd".
+        path: Folder that holds one folder per class.
+        categories: Classes to process; empty means every class found.
+        train_val_split: Share of the training images used for training, in (0, 1]; the rest is held out.
+        batch_size: Images per batch.
+        num_workers: Processes that read images; at most one per CPU core is started, 0 reads in this process.
+        preprocessing: Resize and crop.
+        limit_train: Use so many training images per class, drawn with the seed; None uses all.
+        limit_test: Use so many test images per defect type, drawn with the seed; None uses all.
+    """
+
+    name: str
+    path: str
+    categories: tuple[str, ...] = ()
+    train_val_split: float = 1.0
+    batch_size: int = 2
+    num_workers: int = 8
+    preprocessing: PreprocessingConfig = field(default_factory=PreprocessingConfig)
+    limit_train: int | None = None
+    limit_test: int | None = None
+
+    def __post_init__(self) -> None:
+        require_fraction("--train_val_split", self.train_val_split)
+        require_at_least("--batch_size", self.batch_size, 1)
+        require_at_least("--num_workers", self.num_workers, 0)
+        if self.limit_train is not None:
+            require_at_least("--limit_train", self.limit_train, 1)
+        if self.limit_test is not None:
+            require_at_least("--limit_test", self.limit_test, 1)
+        repeated = sorted({c for c in self.categories if self.categories.count(c) > 1})
+        if repeated:
+            raise ConfigurationError(f"class {', '.join(repeated)} is named more than once: name each -d once")
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """The rendered demo set.
+
+    Attributes:
+        categories: Names from DEMO_CATEGORIES.
+        image_size_px: Side of the square images, >= 64.
+        num_train: Training images per category, >= 1.
+        num_test_good: Good test images per category, >= 0.
+        num_test_defect: Test images per defect type, >= 0.
+        seed: Same seed, same bytes; >= 0.
+    """
+
+    categories: tuple[str, ...] = DEMO_CATEGORIES
+    image_size_px: int = 256
+    num_train: int = 40
+    num_test_good: int = 16
+    num_test_defect: int = 10
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """How the memory bank is chosen from all training patches.
+
+    Attributes:
+        name: Name in the registry of samplers, for example "approx_greedy_coreset".
+        percentage: Share of the patches that is kept, in (0, 1].
+    """
+
+    name: str = "approx_greedy_coreset"
+    percentage: float = 0.1
+
+    def __post_init__(self) -> None:
+        require_fraction("sampler --percentage", self.percentage)
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """A frozen feature extractor.
+
+    Attributes:
+        name: Name in the table of backbones, for example "wideresnet50".
+        layers: Modules whose output is used; the first gives the patch grid.
+        weights: "pretrained", "random" or the path of a state dict.
+        normalization: "imagenet" (as the original, for every backbone) or "backbone" (its own mean and std).
+        seed: Seed of random weights.
+    """
+
+    name: str
+    layers: tuple[str, ...]
+    weights: str = "pretrained"
+    normalization: str = "imagenet"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require_choice("normalization", self.normalization, NORMALIZATIONS)
+        if not self.layers:
+            raise ConfigurationError(f"backbone {self.name!r} has no layer: name at least one with -le")
+        if len(set(self.layers)) < len(self.layers):
+            raise ConfigurationError(f"a layer is named twice in {', '.join(self.layers)}: name each -le once")
+
+
+@dataclass(frozen=True)
+class PatchCoreConfig:
+    """PatchCore (Roth et al., CVPR 2022), one backbone.
+
+    Attributes:
+        backbone: Feature extractor and layers.
+        sampler: How the memory bank is chosen.
+        embedding: "pooled" (the published one) or "concat" (neighbourhood means, concatenated).
+        pretrain_embed_dimension: Channels per layer after the first pooling; "pooled" only.
+        target_embed_dimension: Channels of a patch embedding; "pooled" only.
+        patchsize: Side of the neighbourhood, odd.
+        num_nn: Neighbours whose distances are averaged, k.
+    """
+
+    backbone: BackboneConfig
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    embedding: str = "pooled"
+    pretrain_embed_dimension: int = 1024
+    target_embed_dimension: int = 1024
+    patchsize: int = 3
+    num_nn: int = 5
+
+    def __post_init__(self) -> None:
+        require_choice("embedding", self.embedding, EMBEDDINGS)
+        require_at_least("--pretrain_embed_dimension", self.pretrain_embed_dimension, 1)
+        require_at_least("--target_embed_dimension", self.target_embed_dimension, 1)
+        require_at_least("--patchsize", self.patchsize, 1)
+        require_at_least("--anomaly_scorer_num_nn", self.num_nn, 1)
+        if self.patchsize % 2 == 0:
+            raise ConfigurationError(f"--patchsize is {self.patchsize}, expected an odd number so that it has a centre")
+        dimensions = (self.pretrain_embed_dimension, self.target_embed_dimension)
+        if self.embedding == "concat" and dimensions != (1024, 1024):
+            raise ConfigurationError(
+                f"--embedding concat keeps every channel, but dimensions {dimensions[0]} and {dimensions[1]} were "
+                "asked for: leave --pretrain_embed_dimension and --target_embed_dimension out, or use pooled"
+            )
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """Where neighbours are searched; part of the machine, not of the model.
+
+    Attributes:
+        faiss_on_gpu: Search on the GPU where faiss was built for it.
+        faiss_num_workers: Threads of faiss on the CPU, at most one per core.
+    """
+
+    faiss_on_gpu: bool = False
+    faiss_num_workers: int = 8
+
+    def __post_init__(self) -> None:
+        require_at_least("--faiss_num_workers", self.faiss_num_workers, 1)
+
+
+@dataclass(frozen=True)
+class RuntimeConfig:
+    """Device and threads of a run.
+
+    Attributes:
+        device: "auto", "cpu", "cuda", "cuda:N" or "mps".
+        gpus: GPU indices, of which the first is used.
+        threads: Threads of CPU kernels; None leaves torch's choice.
+    """
+
+    device: str = "auto"
+    gpus: tuple[int, ...] = (0,)
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.threads is not None:
+            require_at_least("--threads", self.threads, 1)
+
+
+@dataclass(frozen=True)
+class TrainingSource:
+    """What a model was trained on; with the seed it also derives the seeds of every random choice.
+
+    Attributes:
+        dataset: Name of the data set.
+        category: Class of the part.
+        seed: Seed of the run.
+    """
+
+    dataset: str = ""
+    category: str = ""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class OutputConfig:
+    """Which optional files a run leaves.
+
+    Attributes:
+        segmentation_images: One picture per test image.
+        models: One model folder per class.
+        anomaly_maps: Raw anomaly maps beside the scores.
+    """
+
+    segmentation_images: bool = False
+    models: bool = False
+    anomaly_maps: bool = False
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run writes, with which seeds, and what.
+
+    Attributes:
+        results_path: Folder below which run folders are made.
+        log_project: First folder below it.
+        log_group: Name of the run folder.
+        seeds: One run folder per seed.
+        calibration: Where score scale and thresholds come from, one of CALIBRATION_METHODS.
+        outputs: Optional files.
+        skip_existing: Reuse exactly the named run folder and do only what is missing.
+        runtime: Device and threads.
+    """
+
+    results_path: str
+    log_project: str = "project"
+    log_group: str = "group"
+    seeds: tuple[int, ...] = (0,)
+    calibration: str = "kfold"
+    outputs: OutputConfig = field(default_factory=OutputConfig)
+    skip_existing: bool = False
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+
+    def __post_init__(self) -> None:
+        require_choice("calibration", self.calibration, CALIBRATION_METHODS)
+        for what, value in (("--log_project", self.log_project), ("--log_group", self.log_group)):
+            if not value.strip() or value in (".", "..") or "/" in value or "\\" in value or "\0" in value:
+                raise ConfigurationError(f"{what} is {value!r}, expected the plain name of one folder")
+        if not self.seeds:
+            raise ConfigurationError("no seed: name at least one --seed")
+        for seed in self.seeds:
+            require_at_least("--seed", seed, 0)
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ConfigurationError(f"--seed {' '.join(map(str, self.seeds))}: a seed is named twice")
+
+
+def config_to_dict(config: Any) -> dict[str, Any]:
+    """Return a configuration as nested dictionaries of JSON values."""
+    return dataclasses.asdict(config)
+
+
+def config_from_dict(cls: type[C], mapping: object, where: str) -> C:
+    """Build a configuration from JSON values, checking names and types.
+
+    Args:
+        cls: The dataclass to build.
+        mapping: What the JSON file holds.
+        where: Name of the file and part, for messages.
+
+    Returns:
+        An instance of `cls`.
+
+    Raises:
+        ConfigurationError: `mapping` is no object, or a name is unknown, missing or of another type.
+    """
+    if not isinstance(mapping, Mapping):
+        raise ConfigurationError(f"{where}: found {type(mapping).__name__}, expected an object")
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for name in mapping:
+        if name not in fields:
+            raise ConfigurationError(f"{where}: unknown name {name!r}: {near_matches(str(name), fields)}")
+    values = {name: _typed(hints[name], value, f"{where}.{name}") for name, value in mapping.items()}
+    for name, f in fields.items():
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if required and name not in values:
+            raise ConfigurationError(f"{where}: {name!r} is missing")
+    return cls(**values)
+
+
+def _typed(hint: Any, value: object, where: str) -> Any:
+    """Return `value` as the type that `hint` names, or raise ConfigurationError."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        hint = next(a for a in arguments if a is not type(None))
+        return _typed(hint, value, where)
+    if dataclasses.is_dataclass(hint):
+        return config_from_dict(typing.cast("type[Any]", hint), value, where)
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ConfigurationError(f"{where}: found {type(value).__name__}, expected an object")
+        return {name: _typed(arguments[1], v, f"{where}.{name}") for name, v in value.items()}
+    if origin in (tuple, list):
+        if not isinstance(value, (list, tuple)):
+            raise ConfigurationError(f"{where}: found {type(value).__name__}, expected a list")
+        return origin(_typed(arguments[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+    if hint is Any:
+        return value
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise ConfigurationError(f"{where}: found {value!r}, expected {hint.__name__}")
+    return value

@@ -1,0 +1,378 @@
+"""Images of one class in the MVTec AD folder layout: listing, pairing with masks, loading in batches.
+
+<root>/<category>/train/good/*.png
+<root>/<category>/test/<defect_type>/*.png          "good" holds normal images
+<root>/<category>/ground_truth/<defect_type>/*_mask.png
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from patchcore.configs import DatasetConfig, PreprocessingConfig
+from patchcore.datasets.images import crop_image, crop_labels, place, read_image, read_mask, upright_size
+from patchcore.errors import ConfigurationError, DataError
+from patchcore.runtime import available_cpus, derive_seed
+
+LOGGER = logging.getLogger(__name__)
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+GOOD = "good"
+
+
+class DatasetSplit(enum.Enum):
+    """Part of a data set."""
+
+    TRAIN = "train"
+    VAL = "val"
+    TEST = "test"
+
+
+@dataclass(frozen=True)
+class ImageRecord:
+    """One image file.
+
+    Attributes:
+        path: The file.
+        category: Class of the part.
+        defect_type: Folder of a test image; "good" for normal ones.
+        mask_path: Ground truth of an anomalous image; None where the class has no ground truth at all.
+    """
+
+    path: Path
+    category: str
+    defect_type: str
+    mask_path: Path | None = None
+
+    @property
+    def is_anomalous(self) -> bool:
+        return self.defect_type != GOOD
+
+
+def list_images(folder: Path) -> list[Path]:
+    """Return the image files of a folder, sorted by name; hidden files and other kinds are passed over.
+
+    Raises:
+        DataError: Two files differ in their suffix alone, so that masks and pictures could not be told apart.
+    """
+    if not folder.is_dir():
+        return []
+    paths = [p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")]
+    paths = sorted(p for p in paths if p.is_file())
+    stems: dict[str, Path] = {}
+    for path in paths:
+        if path.stem in stems:
+            raise DataError(f"{path}: {stems[path.stem].name} has the same name but for its suffix: rename one of them")
+        stems[path.stem] = path
+    return paths
+
+
+def found_categories(root: Path) -> list[str]:
+    """Return the names of the folders below `root` that look like a class (they hold a folder `train`)."""
+    return sorted(p.name for p in root.iterdir() if p.is_dir() and (p / "train").is_dir())
+
+
+def list_train(root: Path, category: str) -> list[ImageRecord]:
+    """List the normal training images of a class."""
+    return [ImageRecord(p, category, GOOD) for p in list_images(root / category / "train" / GOOD)]
+
+
+def list_test(root: Path, category: str) -> list[ImageRecord]:
+    """List the test images of a class with their masks, paired by file name.
+
+    A mask is called like its image, with or without "_mask" at the end. A class without any `ground_truth`
+    folder has no masks; one with it has a mask for every anomalous image.
+
+    Raises:
+        DataError: An image has no mask, or a mask no image.
+    """
+    test, truth = root / category / "test", root / category / "ground_truth"
+    records: list[ImageRecord] = []
+    for folder in sorted(p for p in test.iterdir() if p.is_dir()) if test.is_dir() else []:
+        images = list_images(folder)
+        if folder.name == GOOD or not truth.is_dir():
+            records += [ImageRecord(p, category, folder.name) for p in images]
+        else:
+            masks = _pair_masks(images, truth / folder.name)
+            records += [ImageRecord(p, category, folder.name, mask) for p, mask in zip(images, masks, strict=True)]
+    return records
+
+
+def _pair_masks(images: Sequence[Path], truth: Path) -> list[Path]:
+    """Return the mask of each image, by file name."""
+    masks = {p.stem.removesuffix("_mask"): p for p in list_images(truth)}
+    pairs = []
+    for image in images:
+        if image.stem not in masks:
+            raise DataError(f"{image}: no mask found, expected {truth / (image.stem + '_mask.png')}")
+        pairs.append(masks.pop(image.stem))
+    if masks:
+        orphan = masks[min(masks)]
+        raise DataError(f"{orphan}: a mask without an image, expected test/{truth.name}/{min(masks)}.png")
+    return pairs
+
+
+def draw(records: Sequence[ImageRecord], count: int, seed: int) -> list[ImageRecord]:
+    """Draw `count` records without replacement (all if there are fewer), keeping their order."""
+    if count >= len(records):
+        return list(records)
+    chosen = sorted(random.Random(seed).sample(range(len(records)), count))
+    return [records[i] for i in chosen]
+
+
+class InspectionDataset(Dataset[Any]):
+    """Images of one class and split, resized and cropped.
+
+    An item is a dictionary: `image` uint8 [3, S, S] RGB, `mask` uint8 [S, S] in {0, 1, IGNORED} (test images of
+    a class with ground truth), `index` of its record.
+
+    Args:
+        root: Folder of the data set.
+        category: Class to read.
+        split: TRAIN and VAL share the training images, TEST has the test images.
+        preprocessing: Resize and crop.
+        train_val_split: Share of the training images in TRAIN; VAL has the rest, drawn with the seed.
+        limit: Use so many images only: of TRAIN drawn with the seed, of TEST for each defect type and the same
+            ones for every seed, so that runs stay comparable.
+        seed: Seed of the two draws.
+
+    Raises:
+        DataError: Images and masks do not pair up.
+    """
+
+    name: ClassVar[str] = "folder"
+    categories: ClassVar[tuple[str, ...]] = ()  # the published classes; others are accepted too
+
+    def __init__(
+        self,
+        root: str | Path,
+        category: str,
+        split: DatasetSplit = DatasetSplit.TRAIN,
+        preprocessing: PreprocessingConfig | None = None,
+        train_val_split: float = 1.0,
+        limit: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.root = Path(root)
+        self.category = category
+        self.split = split
+        self.preprocessing = preprocessing or PreprocessingConfig()
+        if split is DatasetSplit.TEST:
+            self.records = self._test_records(limit)
+        else:
+            self.records = self._train_records(train_val_split, limit, seed)
+
+    def _train_records(self, train_val_split: float, limit: int | None, seed: int) -> list[ImageRecord]:
+        records = list_train(self.root, self.category)
+        count = max(1, int(len(records) * train_val_split + 1e-9))
+        train = draw(records, count, derive_seed(seed, self.category, "train_val_split"))
+        if self.split is DatasetSplit.VAL:
+            return [r for r in records if r not in set(train)]
+        if limit is None:
+            return train
+        return draw(train, limit, derive_seed(seed, self.category, "limit_train"))
+
+    def _test_records(self, limit: int | None) -> list[ImageRecord]:
+        records = list_test(self.root, self.category)
+        if limit is None:
+            return records
+        kept: list[ImageRecord] = []
+        for defect_type in sorted({r.defect_type for r in records}):
+            group = [r for r in records if r.defect_type == defect_type]
+            kept += draw(group, limit, derive_seed(0, self.category, defect_type, "limit_test"))
+        return kept
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether pixel metrics are defined: every anomalous image has a mask (or there is none of them)."""
+        anomalous = [r for r in self.records if r.is_anomalous]
+        return all(r.mask_path for r in anomalous) and (self.root / self.category / "ground_truth").is_dir()
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        record = self.records[index]
+        image = read_image(record.path)
+        placement = place(image.height, image.width, self.preprocessing)
+        pixels = torch.from_numpy(crop_image(image, placement).copy())  # [S, S, 3]
+        item = {"image": pixels.permute(2, 0, 1), "index": index}  # [3, S, S]
+        if self.split is DatasetSplit.TEST and self.has_masks:
+            labels = self.full_mask(index, (image.height, image.width))
+            item["mask"] = torch.from_numpy(crop_labels(labels, placement).astype(np.uint8))  # [S, S]
+        return item
+
+    def full_mask(self, index: int, size: tuple[int, int] | None = None) -> np.ndarray:
+        """Return the mask of a record before resize and crop; zeros for a normal image.
+
+        Args:
+            index: Number of the record.
+            size: Height and width of its image, px; None reads them from the file.
+
+        Returns:
+            uint8 [H, W] in {0, 1}.
+
+        Raises:
+            DataError: The mask has another size than the image.
+        """
+        mask_path = self.records[index].mask_path
+        size = size or upright_size(self.records[index].path)
+        if mask_path is None:
+            return np.zeros(size, dtype=np.uint8)
+        mask = read_mask(mask_path)
+        if mask.shape != size:
+            raise DataError(_size_mismatch(mask_path, mask.shape, self.records[index].path, size))
+        return mask
+
+    def check_files(self) -> None:
+        """Read the header of every file, and warn where the crop loses more than that of a square image.
+
+        Raises:
+            DataError: A file is no image, or a mask has another size than its image.
+        """
+        square = (self.preprocessing.resize_px, self.preprocessing.resize_px)
+        allowed = place(*square, self.preprocessing).lost_fraction
+        worst, worst_path = 0.0, None
+        for record in self.records:
+            size = upright_size(record.path)
+            if record.mask_path is not None and (mask_size := upright_size(record.mask_path)) != size:
+                raise DataError(_size_mismatch(record.mask_path, mask_size, record.path, size))
+            lost = place(*size, self.preprocessing).lost_fraction
+            if lost > worst:
+                worst, worst_path = lost, record.path
+        if worst_path is not None and worst > allowed + 0.01:
+            LOGGER.warning(
+                "%s: the centre crop loses %.0f %% of %s (%.0f %% of a square image): "
+                "--resize_mode letterbox keeps long images whole",
+                self.category,
+                100 * worst,
+                worst_path.name,
+                100 * allowed,
+            )
+
+
+def _size_mismatch(mask: Path, mask_size: tuple[int, ...], image: Path, size: tuple[int, int]) -> str:
+    return (
+        f"{mask}: mask of {mask_size[1]} x {mask_size[0]} px for an image of {size[1]} x {size[0]} px "
+        f"({image.name}): both must have the same size"
+    )
+
+
+class ImageLoader:
+    """Batches of a data set, read by worker processes.
+
+    Iterating gives dictionaries of stacked items: `image` uint8 [B, 3, S, S], `mask` uint8 [B, S, S] where the
+    data set has masks, `index` int64 [B].
+
+    Args:
+        dataset: What to read, in its order.
+        batch_size: Images per batch.
+        num_workers: Worker processes, at most one per CPU core and batch; 0 reads in this process.
+        pin_memory: Give page-locked tensors, for copies to a GPU.
+
+    Raises:
+        DataError: While iterating: a file cannot be read.
+    """
+
+    def __init__(
+        self, dataset: InspectionDataset, batch_size: int, num_workers: int = 0, pin_memory: bool = False
+    ) -> None:
+        self.dataset = dataset
+        num_batches = -(-len(dataset) // batch_size)
+        self._loader = DataLoader(
+            _ErrorsAsItems(dataset),
+            batch_size=batch_size,
+            num_workers=min(num_workers, available_cpus(), num_batches),
+            collate_fn=_collate,
+            pin_memory=pin_memory,
+        )
+
+    @property
+    def num_images(self) -> int:
+        return len(self.dataset)
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        for batch in self._loader:
+            if isinstance(batch, DataError):
+                raise batch
+            yield batch
+
+
+class _ErrorsAsItems(Dataset[Any]):
+    """Hands a DataError over as an item: raised in a worker it would arrive wrapped in a traceback."""
+
+    def __init__(self, dataset: InspectionDataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any] | DataError:
+        try:
+            return self.dataset[index]
+        except DataError as error:
+            return error
+
+
+def _collate(items: list[Any]) -> Any:
+    for item in items:
+        if isinstance(item, DataError):
+            return item
+    return torch.utils.data.default_collate(items)
+
+
+def resolve_categories(
+    config: DatasetConfig, published: Sequence[str], found_by: Callable[[Path], list[str]] = found_categories
+) -> list[str]:
+    """Check the data path and return the classes to process.
+
+    Args:
+        config: Data set, path and the classes that were typed.
+        published: Order of the known classes of this data set; others follow by name.
+        found_by: Lists the classes of a folder.
+
+    Raises:
+        ConfigurationError: The path, a class, training images or test images are missing.
+    """
+    root = Path(config.path)
+    if not root.is_dir():
+        raise ConfigurationError(f"data path {config.path!r} is no folder: expected the folder that holds the classes")
+    found = found_by(root)
+    if not found:
+        raise ConfigurationError(f"no class found in {config.path!r}: expected folders <class>/train/{GOOD} there")
+    order = {name: i for i, name in enumerate(published)}
+    wanted = config.categories or tuple(sorted(found, key=lambda c: (order.get(c, len(order)), c)))
+    for category in wanted:
+        if category not in found:
+            raise ConfigurationError(f"class {category!r} not found in {config.path!r}: found {', '.join(found)}")
+        _require_images(root, category)
+    return list(wanted)
+
+
+def _require_images(root: Path, category: str) -> None:
+    """Raise ConfigurationError unless the class has training and test images."""
+    train = root / category / "train" / GOOD
+    if not _has_image(train):
+        raise ConfigurationError(f"no training images in {str(train)!r}: expected {', '.join(IMAGE_SUFFIXES)} files")
+    test = root / category / "test"
+    if not test.is_dir() or not any(_has_image(p) for p in test.iterdir()):
+        raise ConfigurationError(f"no test images in {str(test)!r}: expected folders <defect type>/ with images")
+
+
+def _has_image(folder: Path) -> bool:
+    return folder.is_dir() and any(
+        p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".") for p in folder.iterdir()
+    )

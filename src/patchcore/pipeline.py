@@ -1,0 +1,325 @@
+"""The loop over seeds and classes: train, calibrate, evaluate, write.
+
+Everything a user can get wrong is checked before the first run folder is made; what is wrong with the files of
+one class ends that class alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import platform
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import patchcore
+import patchcore.methods  # enters every detector into the registry
+from patchcore.class_run import ClassTask, evaluate_class, open_dataset, train_class
+from patchcore.configs import (
+    DatasetConfig,
+    OutputConfig,
+    PreprocessingConfig,
+    RunConfig,
+    RuntimeConfig,
+    SearchConfig,
+    config_to_dict,
+)
+from patchcore.datasets.inspection import DatasetSplit, resolve_categories
+from patchcore.datasets.registry import dataset_class
+from patchcore.detector import DETECTORS, load_detector
+from patchcore.errors import ConfigurationError, DataError
+from patchcore.evaluation.report import text_table
+from patchcore.runtime import log_to_file, reset_peak_memory, resolve_device, set_threads
+from patchcore.storage import run_folder
+from patchcore.storage.model_folder import ModelHeader, read_model_header
+from patchcore.storage.run_folder import ClassResult
+
+LOGGER = logging.getLogger(__name__)
+
+TABLE_COLUMNS = ("instance_auroc", "full_pixel_auroc", "full_pro", "image_f1_max", "precision", "recall")
+
+Announce = Callable[[str], None]
+
+
+def train_and_evaluate(
+    method: str, config: Any, run: RunConfig, dataset: DatasetConfig, search: SearchConfig, announce: Announce
+) -> bool:
+    """Train and evaluate one method on every class, for every seed.
+
+    Args:
+        method: Name in the registry of detectors.
+        config: Configuration of the method.
+        run: Where to write, seeds and outputs.
+        dataset: What to read.
+        search: How neighbours are searched.
+        announce: Receives the lines meant for the user: the run folder first and last, the result table.
+
+    Returns:
+        Whether every class was finished.
+
+    Raises:
+        ConfigurationError: Something is wrong with the arguments; nothing has been written then.
+    """
+    categories = resolve_categories(dataset, dataset_class(dataset.name).categories)
+    dataset = replace(dataset, categories=tuple(categories))
+    if run.calibration == "split" and dataset.train_val_split == 1:
+        raise ConfigurationError(
+            "--calibration split needs held-out images, --train_val_split is 1.0: give a share below 1, such as 0.8"
+        )
+    parent = Path(run.results_path) / run.log_project
+    run_folder.require_writable(parent)
+    device = _start_runtime(run.runtime)
+    builder = DETECTORS[method].prepare(config, dataset.preprocessing, device, search)
+    finished: list[list[ClassResult]] = []
+    complete = True
+    for seed in run.seeds:
+        group = run.log_group if len(run.seeds) == 1 else run_folder.seed_group(run.log_group, seed)
+        identity = _identity(method, config, run, dataset, seed)
+        folder = _open_run_folder(parent, group, identity, run, device)
+        task = ClassTask(folder, dataset, run.outputs, device)
+        announce(f"results: {folder}")
+        with log_to_file(folder / "run.log"):
+            process = functools.partial(train_class, task, seed=seed, builder=builder, calibration=run.calibration)
+            results, failures = _process_classes(task, process, run.skip_existing)
+        _announce_results(folder, run.outputs, results, failures, announce)
+        finished.append(results)
+        complete = complete and not failures
+    if len(run.seeds) > 1:
+        _write_seed_table(parent, run, finished, announce)
+    return complete
+
+
+def _identity(method: str, config: Any, run: RunConfig, dataset: DatasetConfig, seed: int) -> dict[str, Any]:
+    """Return what makes two runs the same run: everything that can change a file in the run folder."""
+    data = config_to_dict(dataset)
+    del data["num_workers"], data["batch_size"]
+    data["path"] = str(Path(dataset.path).resolve())
+    return {
+        "method": method,
+        "method_config": config_to_dict(config),
+        "dataset": data,
+        "seed": seed,
+        "calibration": run.calibration,
+        "outputs": config_to_dict(run.outputs),
+    }
+
+
+def _open_run_folder(parent: Path, group: str, identity: dict[str, Any], run: RunConfig, device: torch.device) -> Path:
+    """Make a run folder, or reopen exactly the named one with --skip_existing."""
+    folder = parent / group
+    if run.skip_existing and (folder / "config.json").exists():
+        run_folder.require_same_config(folder, identity)
+        return folder
+    if not (run.skip_existing and folder.is_dir() and not any(folder.iterdir())):
+        folder = run_folder.claim_folder(parent, group)
+    run_folder.write_run_config(folder, identity, _environment(device))
+    return folder
+
+
+def _environment(device: torch.device) -> dict[str, Any]:
+    return {
+        "command": shlex.join(sys.argv),
+        "device": str(device),
+        "patchcore": patchcore.__version__,
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def _start_runtime(config: RuntimeConfig) -> torch.device:
+    set_threads(config.threads)
+    return resolve_device(config.device, config.gpus)
+
+
+def _process_classes(
+    task: ClassTask, process: Callable[[str], ClassResult], skip_existing: bool
+) -> tuple[list[ClassResult], dict[str, str]]:
+    """Process every class, writing the tables after each, so that an interrupted run keeps what it has.
+
+    Returns:
+        Results of the finished classes, and the reason for each failed one by row name.
+    """
+    results: list[ClassResult] = []
+    failures: dict[str, str] = {}
+    for category in task.dataset.categories:
+        row_name = task.row_name(category)
+        try:
+            done = run_folder.load_class_result(task.folder, row_name) if skip_existing else None
+            if done is not None:
+                LOGGER.info("%s: finished before, skipped", category)
+            results.append(done or process(category))
+        except DataError as error:
+            failures[row_name] = str(error)
+            LOGGER.error("%s failed: %s", category, error)
+        except Exception as error:  # a defect met in one class must not lose the others
+            failures[row_name] = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            LOGGER.exception("%s failed: %s (traceback in %s)", category, failures[row_name], task.folder / "run.log")
+        run_folder.write_tables(task.folder, results, failures)
+    return results, failures
+
+
+def _announce_results(
+    folder: Path,
+    outputs: OutputConfig,
+    results: Sequence[ClassResult],
+    failures: dict[str, str],
+    announce: Announce,
+) -> None:
+    """Print the table of a run, where its pictures are, what failed, and the run folder last."""
+    rows = [(r.row_name, r.metrics) for r in results]
+    if len(results) > 1:
+        rows.append((run_folder.MEAN_ROW, run_folder.mean_metrics(results)))
+    cells = [[name, *(_short(m[c]) for c in TABLE_COLUMNS)] for name, m in rows]
+    announce(text_table((run_folder.ROW_NAMES, *TABLE_COLUMNS), cells))
+    if outputs.segmentation_images and results:
+        announce(f"pictures: {folder / 'segmentation_images'}")
+    for name, reason in failures.items():
+        announce(f"failed: {name}: {reason}")
+    announce(f"results: {folder}")
+
+
+def _short(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def _write_seed_table(
+    parent: Path, run: RunConfig, finished: Sequence[Sequence[ClassResult]], announce: Announce
+) -> None:
+    """Write mean and standard deviation over seeds beside the run folders, under a name not yet taken."""
+    stem = f"{run_folder.group_without_seed(run.log_group)}_seeds"
+    path = run_folder.free_file(parent, stem, ".csv") if not run.skip_existing else parent / f"{stem}.csv"
+    run_folder.write_seed_table(path, finished)
+    announce(f"mean and standard deviation over {len(finished)} seeds: {path}")
+
+
+@dataclass(frozen=True)
+class TypedPreprocessing:
+    """Resize and crop as typed for a stored model; None where not typed."""
+
+    resize_px: int | None = None
+    imagesize_px: int | None = None
+    resize_mode: str | None = None
+
+
+def load_and_evaluate(
+    method: str,
+    model_paths: Sequence[str],
+    typed: TypedPreprocessing,
+    dataset: DatasetConfig,
+    save_folder: str,
+    outputs: OutputConfig,
+    runtime: RuntimeConfig,
+    search: SearchConfig,
+    announce: Announce,
+) -> bool:
+    """Evaluate stored models; the numbers are those of the run that trained them.
+
+    Args:
+        method: The method the models must be of.
+        model_paths: Model folders.
+        typed: Resize and crop as typed; they must agree with those of the models.
+        dataset: What to read; its preprocessing is taken from the models.
+        save_folder: Where the tables go; a number is appended if it exists.
+        outputs: Optional files.
+        runtime: Device and threads.
+        search: How neighbours are searched.
+        announce: Receives the lines meant for the user.
+
+    Returns:
+        Whether every class was finished.
+
+    Raises:
+        ConfigurationError: Something is wrong with the arguments or a model; nothing has been written then.
+    """
+    headers = {Path(path): read_model_header(Path(path)) for path in model_paths}
+    for path, header in headers.items():
+        _require_agreement(path, header, method, typed)
+    preprocessing = _shared_preprocessing(headers)
+    models = _match_models(headers, dataset.categories)
+    dataset = replace(dataset, categories=tuple(models), preprocessing=preprocessing)
+    resolve_categories(dataset, dataset_class(dataset.name).categories)
+    target = Path(save_folder)
+    run_folder.require_writable(target.parent)
+    device = _start_runtime(runtime)
+    folder = run_folder.claim_folder(target.parent, target.name)
+    task = ClassTask(folder, dataset, outputs, device)
+    identity = {
+        "method": method,
+        "models": {category: str(path.resolve()) for category, path in models.items()},
+        "dataset": config_to_dict(dataset),
+        "outputs": config_to_dict(outputs),
+    }
+    run_folder.write_run_config(folder, identity, _environment(device))
+    announce(f"results: {folder}")
+
+    def process(category: str) -> ClassResult:
+        reset_peak_memory()
+        test = open_dataset(dataset, category, DatasetSplit.TEST, 0)
+        test.check_files()
+        detector = load_detector(models[category], device, search)
+        return evaluate_class(task, category, detector, test, {})
+
+    with log_to_file(folder / "run.log"):
+        results, failures = _process_classes(task, process, skip_existing=False)
+    _announce_results(folder, outputs, results, failures, announce)
+    return not failures
+
+
+def _require_agreement(path: Path, header: ModelHeader, method: str, typed: TypedPreprocessing) -> None:
+    """Raise ConfigurationError if a model is of another method or another image size was typed."""
+    if header.method != method:
+        raise ConfigurationError(f"model {str(path)!r} is of method {header.method!r}, expected {method!r}")
+    pairs = [
+        ("--resize", typed.resize_px, header.preprocessing.resize_px),
+        ("--imagesize", typed.imagesize_px, header.preprocessing.imagesize_px),
+        ("--resize_mode", typed.resize_mode, header.preprocessing.resize_mode),
+    ]
+    for option, asked, stored in pairs:
+        if asked is not None and asked != stored:
+            raise ConfigurationError(
+                f"{option} {asked} was typed, but model {str(path)!r} was trained with {stored}: leave {option} out"
+            )
+
+
+def _shared_preprocessing(headers: dict[Path, ModelHeader]) -> PreprocessingConfig:
+    """Return the preprocessing of all models, or raise ConfigurationError if they differ."""
+    (first_path, first), *others = headers.items()
+    for path, header in others:
+        if header.preprocessing != first.preprocessing:
+            raise ConfigurationError(
+                f"models {str(first_path)!r} and {str(path)!r} were trained with different resize or crop: "
+                "evaluate them in two calls"
+            )
+    return first.preprocessing
+
+
+def _match_models(headers: dict[Path, ModelHeader], categories: Sequence[str]) -> dict[str, Path]:
+    """Return {category: model folder}, matched by the class stored in each model, by order where none is stored.
+
+    Raises:
+        ConfigurationError: A class has no model or two, or a model without a class has no partner.
+    """
+    models: dict[str, Path] = {}
+    for position, (path, header) in enumerate(headers.items()):
+        category = header.source.category
+        if not category:
+            if position >= len(categories):
+                raise ConfigurationError(f"model {str(path)!r} stores no class: name it with a -d at the same place")
+            category = categories[position]
+        if category in models:
+            raise ConfigurationError(f"models {str(models[category])!r} and {str(path)!r} are both of {category!r}")
+        models[category] = path
+    for category in categories:
+        if category not in models:
+            raise ConfigurationError(f"no model of class {category!r} among the -p, found {', '.join(models)}")
+    for category in [c for c in models if categories and c not in categories]:
+        LOGGER.warning("model %s is of class %s, which no -d names: left out", models[category], category)
+    return {c: models[c] for c in (categories or models)}

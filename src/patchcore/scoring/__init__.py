@@ -1,0 +1,1 @@
+"""Anomaly maps, image scores and their calibration on normal images."""

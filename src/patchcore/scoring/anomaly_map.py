@@ -1,0 +1,60 @@
+"""Patch scores to a smooth anomaly map and to an image score."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+
+SMOOTHING_SIGMA_PX = 4.0  # as published, section 3.3
+
+
+def image_scores(patch_scores: torch.Tensor) -> torch.Tensor:
+    """Score images by their most anomalous patch.
+
+    Args:
+        patch_scores: float [B, h, w], higher is more anomalous.
+
+    Returns:
+        float [B].
+
+    Source: Roth et al. (CVPR 2022), Eq. 6, without the re-weighting of Eq. 7.
+    """
+    return patch_scores.flatten(1).amax(dim=1)
+
+
+def anomaly_maps(patch_scores: torch.Tensor, imagesize: int, sigma_px: float = SMOOTHING_SIGMA_PX) -> torch.Tensor:
+    """Upsample patch scores bilinearly and smooth them with a Gaussian.
+
+    Both steps are linear and separable, so that together they are one small matrix per image axis.
+
+    Args:
+        patch_scores: float [B, h, w].
+        imagesize: Side S of the map, px.
+        sigma_px: Standard deviation of the Gaussian, px of the map.
+
+    Returns:
+        float32 [B, S, S].
+
+    Source: Roth et al. (CVPR 2022), section 3.3.
+    """
+    _, height, width = patch_scores.shape
+    rows = _axis_matrix(height, imagesize, sigma_px).to(patch_scores.device)
+    columns = _axis_matrix(width, imagesize, sigma_px).to(patch_scores.device)
+    return rows @ patch_scores.float() @ columns.T  # [B, S, S]
+
+
+@functools.lru_cache(maxsize=64)
+def _axis_matrix(num_patches: int, imagesize: int, sigma_px: float) -> torch.Tensor:
+    """Return the [S, num_patches] matrix that upsamples and smooths along one axis."""
+    identity = torch.eye(num_patches, dtype=torch.float64)[:, None]  # [n, 1, n]
+    upsampled = F.interpolate(identity, size=imagesize, mode="linear", align_corners=False)  # [n, 1, S]
+    radius = int(4 * sigma_px + 0.5)  # where scipy's gaussian_filter, used by the original, cuts the kernel
+    offsets = torch.arange(-radius, radius + 1, dtype=torch.float64)
+    kernel = torch.exp(-0.5 * (offsets / sigma_px) ** 2)
+    # Mirror at the border with the border pixel repeated, scipy's "reflect"; by index, for any map size.
+    positions = torch.arange(-radius, imagesize + radius) % (2 * imagesize)
+    mirrored = torch.where(positions < imagesize, positions, 2 * imagesize - 1 - positions)
+    smoothed = F.conv1d(upsampled[..., mirrored], (kernel / kernel.sum()).view(1, 1, -1))  # [n, 1, S]
+    return smoothed[:, 0].T.float().contiguous()

@@ -1,0 +1,1 @@
+"""What is written to disk: run folders and model folders."""

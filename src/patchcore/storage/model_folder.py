@@ -1,0 +1,105 @@
+"""Model folders: `model.json` and `search_index.safetensors`, nothing that executes when it is read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+
+from patchcore.configs import PreprocessingConfig, TrainingSource, config_from_dict, config_to_dict
+from patchcore.errors import ConfigurationError
+from patchcore.scoring.calibration import Calibration
+from patchcore.storage.files import write_bytes, write_folder, write_json
+
+FORMAT_VERSION = 1
+MODEL_FILE = "model.json"
+TENSOR_FILE = "search_index.safetensors"
+
+
+@dataclass(frozen=True)
+class ModelHeader:
+    """What model.json says.
+
+    Attributes:
+        format_version: Version of this layout.
+        method: Name in the registry of detectors.
+        config: Configuration of the method, checked by the method.
+        preprocessing: Resize and crop.
+        source: What the model was trained on.
+        calibration: Scales and thresholds; None without calibration.
+    """
+
+    format_version: int
+    method: str
+    config: dict[str, Any]
+    preprocessing: PreprocessingConfig
+    source: TrainingSource
+    calibration: Calibration | None = None
+
+
+def write_model_folder(folder: Path, header: ModelHeader, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write a model folder; it appears whole or not at all, and replaces an older one.
+
+    Args:
+        folder: Where the model goes.
+        header: Configuration and calibration.
+        tensors: What was learned, by name; for a memory bank this is the flat search index, in a format that is
+            readable with and without faiss.
+    """
+
+    def fill(temporary: Path) -> None:
+        contiguous = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        write_bytes(temporary / TENSOR_FILE, save(contiguous))
+        write_json(temporary / MODEL_FILE, config_to_dict(header))
+
+    write_folder(folder, fill)
+
+
+def read_model_header(folder: Path) -> ModelHeader:
+    """Read model.json of a model folder.
+
+    Raises:
+        ConfigurationError: The folder or the file is missing, damaged or of a newer format.
+    """
+    if not folder.is_dir():
+        raise ConfigurationError(f"model folder {str(folder)!r} not found, expected models/<data set>_<class> of a run")
+    path = folder / MODEL_FILE
+    try:
+        mapping = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigurationError(
+            f"{str(folder)!r} is no model folder: {MODEL_FILE} is missing, expected what --save_patchcore_model wrote"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"{str(path)!r} is damaged ({_one_line(error)}): train the model anew") from error
+    version = mapping.get("format_version") if isinstance(mapping, dict) else None
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise ConfigurationError(
+            f"{str(path)!r} has format {version}, this version of patchcore reads up to {FORMAT_VERSION}: update it"
+        )
+    return config_from_dict(ModelHeader, mapping, str(path))
+
+
+def read_model_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Read what was learned.
+
+    Raises:
+        ConfigurationError: The file is missing or damaged.
+    """
+    path = folder / TENSOR_FILE
+    if not path.is_file():
+        raise ConfigurationError(f"{str(folder)!r} is no whole model folder: {TENSOR_FILE} is missing")
+    try:
+        return load_file(path)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ConfigurationError(f"{str(path)!r} is damaged ({_one_line(error)}): train the model anew") from error
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:120]

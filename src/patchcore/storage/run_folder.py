@@ -1,0 +1,305 @@
+"""Run folders: their names, their life, and the tables in them.
+
+<results>/<project>/<group>/     config.json  run.log  results.csv  results_by_defect.csv  timings.csv
+    class_results/  anomaly_scores/  segmentation_images/  models/
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from patchcore.configs import config_from_dict
+from patchcore.errors import ConfigurationError, DataError
+from patchcore.storage.files import write_bytes, write_csv, write_json
+
+METRIC_COLUMNS = (
+    "instance_auroc",
+    "full_pixel_auroc",
+    "full_pro",
+    "anomaly_pixel_auroc",
+    "anomaly_pro",
+    "image_ap",
+    "image_f1_max",
+    "pixel_ap",
+    "pixel_f1_max",
+    "precision",
+    "recall",
+    "f1",
+)
+DEFECT_COLUMNS = (
+    "defect_type",
+    "num_images",
+    "instance_auroc",
+    "full_pixel_auroc",
+    "full_pro",
+    "image_ap",
+    "pixel_ap",
+    "recall",
+    "num_regions",
+    "num_regions_lost",
+)
+TIMING_COLUMNS = (
+    "train_images",
+    "train_seconds",
+    "calibration_seconds",
+    "test_images",
+    "images_per_second",
+    "latency_p50_ms",
+    "latency_p95_ms",
+    "peak_memory_mb",
+    "model_mb",
+)
+ROW_NAMES = "Row Names"
+MEAN_ROW = "Mean"
+
+Cell = str | int | float | None
+
+
+@dataclass(frozen=True)
+class ClassResult:
+    """Everything the tables say of one class.
+
+    Attributes:
+        row_name: Name of its row, `<data set>_<category>`.
+        metrics: One value for each of METRIC_COLUMNS; None is a blank cell.
+        by_defect: One value for each of DEFECT_COLUMNS, per defect type.
+        timings: One value for each of TIMING_COLUMNS.
+    """
+
+    row_name: str
+    metrics: dict[str, Any]
+    by_defect: list[dict[str, Any]]
+    timings: dict[str, Any]
+
+
+def claim_folder(parent: Path, name: str) -> Path:
+    """Create `parent/name`, or `name_0`, `name_1`, ... if it exists, as the original does.
+
+    The folder is created exclusively, so that two runs started together get two folders.
+
+    Raises:
+        ConfigurationError: Nothing can be written there.
+    """
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        for candidate in _numbered_names(name):
+            try:
+                (parent / candidate).mkdir()
+            except FileExistsError:
+                continue
+            return parent / candidate
+    except OSError as error:
+        raise ConfigurationError(f"results path {str(parent)!r} cannot be written ({error.strerror})") from error
+    raise AssertionError("unreachable: the names never end")
+
+
+def _numbered_names(name: str) -> Iterator[str]:
+    """Yield `name`, `name_0`, `name_1`, ... without end."""
+    yield name
+    number = 0
+    while True:
+        yield f"{name}_{number}"
+        number += 1
+
+
+def free_file(parent: Path, stem: str, suffix: str) -> Path:
+    """Return `stem` + `suffix`, or the first of `stem_0`, `stem_1`, ... that does not exist yet."""
+    return next(p for p in (parent / f"{name}{suffix}" for name in _numbered_names(stem)) if not p.exists())
+
+
+def require_writable(folder: Path) -> None:
+    """Raise ConfigurationError unless files can be created in `folder`, which is made if need be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".write_test"
+        write_bytes(probe, b"")
+        probe.unlink()
+    except OSError as error:
+        raise ConfigurationError(f"results path {str(folder)!r} cannot be written ({error.strerror})") from error
+
+
+def newest_folder(parent: Path, group: str) -> Path:
+    """Return the most recent run folder of a group: `group`, `group_0`, `group_1`, ...
+
+    Raises:
+        ConfigurationError: There is none.
+    """
+    pattern = re.compile(re.escape(group) + r"(_(\d+))?")
+    found: list[tuple[int, Path]] = []
+    for path in parent.iterdir() if parent.is_dir() else []:
+        match = pattern.fullmatch(path.name)
+        if match and path.is_dir():
+            found.append((int(match[2]) if match[2] else -1, path))
+    if not found:
+        raise ConfigurationError(f"no run folder of group {group!r} in {str(parent)!r}: train it first")
+    return max(found)[1]
+
+
+def seed_group(group: str, seed: int) -> str:
+    """Return the group's name for one of several seeds: a trailing `_S<number>` is replaced or added."""
+    return f"{group_without_seed(group)}_S{seed}"
+
+
+def group_without_seed(group: str) -> str:
+    """Return the group's name without a trailing `_S<number>`."""
+    return re.sub(r"_S\d+$", "", group)
+
+
+def write_run_config(folder: Path, config: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
+    """Write config.json: what was asked for, and what it ran on."""
+    write_json(folder / "config.json", {"config": dict(config), "environment": dict(environment)})
+
+
+def require_same_config(folder: Path, config: Mapping[str, Any]) -> None:
+    """Raise ConfigurationError with the differences unless the folder's run had this configuration."""
+    path = folder / "config.json"
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))["config"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigurationError(
+            f"--skip_existing: {str(folder)!r} holds no readable config.json: choose another --log_group"
+        ) from error
+    wanted = json.loads(json.dumps(config))
+    differences = [
+        f"{name}: {old!r} there, {new!r} now" for name, old, new in _differences(stored, wanted) if old != new
+    ]
+    if differences:
+        raise ConfigurationError(
+            f"--skip_existing: the run in {str(folder)!r} differs ({'; '.join(differences)}): "
+            "choose another --log_group or the same options"
+        )
+
+
+def _differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """Return (dotted name, old, new) of the leaves of two nested dictionaries."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return [(prefix, old, new)]
+    rows = []
+    for name in sorted({*old, *new}):
+        rows += _differences(old.get(name), new.get(name), f"{prefix}.{name}" if prefix else name)
+    return rows
+
+
+def class_result_path(folder: Path, row_name: str) -> Path:
+    """Return where a finished class is recorded; written last, it says that everything else is there."""
+    return folder / "class_results" / f"{row_name}.json"
+
+
+def save_class_result(folder: Path, result: ClassResult) -> None:
+    """Record a finished class."""
+    write_json(class_result_path(folder, result.row_name), asdict(result))
+
+
+def load_class_result(folder: Path, row_name: str) -> ClassResult | None:
+    """Return the record of a finished class, or None if there is none.
+
+    Raises:
+        DataError: The record is damaged.
+    """
+    path = class_result_path(folder, row_name)
+    if not path.exists():
+        return None
+    try:
+        return config_from_dict(ClassResult, json.loads(path.read_text(encoding="utf-8")), str(path))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: damaged ({error}): remove it to have the class done anew") from error
+
+
+def format_number(value: Cell) -> str:
+    """Return a cell: six decimals for numbers, empty for None."""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return ""
+    return f"{value:.6f}" if isinstance(value, float) else str(value)
+
+
+def write_tables(folder: Path, results: Sequence[ClassResult], failures: Mapping[str, str]) -> None:
+    """Write results.csv, results_by_defect.csv and timings.csv, and failures.csv where a class failed.
+
+    Args:
+        folder: The run folder.
+        results: Finished classes, in order.
+        failures: Row name to reason; such a class has blank cells and does not enter the mean.
+    """
+    rows = [[r.row_name, *(format_number(r.metrics[c]) for c in METRIC_COLUMNS)] for r in results]
+    rows += [[name, *("" for _ in METRIC_COLUMNS)] for name in failures]
+    rows.append([MEAN_ROW, *(format_number(v) for v in mean_metrics(results).values())])
+    write_csv(folder / "results.csv", (ROW_NAMES, *METRIC_COLUMNS), rows)
+    defect_rows = [[r.row_name, *(format_number(d[c]) for c in DEFECT_COLUMNS)] for r in results for d in r.by_defect]
+    write_csv(folder / "results_by_defect.csv", (ROW_NAMES, *DEFECT_COLUMNS), defect_rows)
+    timing_rows = [[r.row_name, *(format_number(r.timings[c]) for c in TIMING_COLUMNS)] for r in results]
+    write_csv(folder / "timings.csv", (ROW_NAMES, *TIMING_COLUMNS), timing_rows)
+    if failures:
+        write_csv(folder / "failures.csv", (ROW_NAMES, "reason"), [[n, reason] for n, reason in failures.items()])
+    else:
+        (folder / "failures.csv").unlink(missing_ok=True)
+
+
+def mean_metrics(results: Sequence[ClassResult]) -> dict[str, float | None]:
+    """Return the mean of each column over the classes that have a value there."""
+    means: dict[str, float | None] = {}
+    for column in METRIC_COLUMNS:
+        values = [r.metrics[column] for r in results if r.metrics[column] is not None]
+        means[column] = float(np.mean(values)) if values else None
+    return means
+
+
+def write_seed_table(path: Path, runs: Sequence[Sequence[ClassResult]]) -> None:
+    """Write mean and standard deviation (n - 1) over the runs of several seeds.
+
+    Args:
+        path: Where the table goes.
+        runs: The finished classes of each seed.
+    """
+    header = [ROW_NAMES, "num_seeds", *(f"{c}_{s}" for c in METRIC_COLUMNS for s in ("mean", "std"))]
+    names = list(dict.fromkeys(r.row_name for run in runs for r in run))
+    rows = []
+    for name in [*names, MEAN_ROW]:
+        if name == MEAN_ROW:
+            metrics = [mean_metrics(run) for run in runs if run]
+        else:
+            metrics = [r.metrics for run in runs for r in run if r.row_name == name]
+        cells = [format_number(v) for column in METRIC_COLUMNS for v in _mean_and_std([m[column] for m in metrics])]
+        rows.append([name, str(len(metrics)), *cells])
+    write_csv(path, header, rows)
+
+
+def _mean_and_std(values: Sequence[float | None]) -> tuple[float | None, float | None]:
+    known = [v for v in values if v is not None]
+    if not known:
+        return None, None
+    return float(np.mean(known)), float(np.std(known, ddof=1)) if len(known) > 1 else None
+
+
+def write_image_scores(path: Path, rows: Sequence[Sequence[Cell]]) -> None:
+    """Write one row per test image.
+
+    Args:
+        path: The csv file.
+        rows: (path relative to the data set, defect type, label 0/1, score, normalised score or None, decision 0/1
+            or None) per image.
+    """
+    header = ("path", "defect_type", "label", "score", "normalized_score", "decision")
+    write_csv(
+        path,
+        header,
+        [["" if c is None else f"{c:.9g}" if isinstance(c, float) else str(c) for c in row] for row in rows],
+    )
+
+
+def write_anomaly_maps(path: Path, maps: np.ndarray, masks: np.ndarray | None, image_paths: Sequence[str]) -> None:
+    """Write raw anomaly maps as `.npz`: `maps` float32 [N, S, S], `masks` uint8 [N, S, S] if any, `paths` [N]."""
+    buffer = io.BytesIO()
+    arrays = {"maps": maps, "paths": np.array([p.encode("utf-8", "surrogateescape") for p in image_paths])}
+    if masks is not None:
+        arrays["masks"] = masks
+    np.savez(buffer, allow_pickle=False, **arrays)
+    write_bytes(path, buffer.getvalue())
