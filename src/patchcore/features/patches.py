@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+ROWS_PER_BAND = 32  # fewer make many small convolutions, more read channels that most of their rows do not need
+
 
 class ConcatEmbedding(nn.Module):
     """Neighbourhood means of every layer, aligned to the first layer's grid and concatenated.
@@ -97,11 +99,12 @@ class _SparseLayerMap(nn.Module):
     """One layer's share of the published embedding, before its resize.
 
     Output row r reads channels first_channel[r] + g for g = 0 .. G-1, each through a patchsize x patchsize
-    kernel weights[r, g]. It is computed as G depthwise convolutions, or as one where the kernels of a row are
-    multiples of one another (every row averages whole channels).
+    kernel weights[r, g]. Where the kernels of each row are multiples of one another (rows that average whole
+    channels: layers with many channels), the channels are mixed first and one depthwise convolution follows.
+    Elsewhere consecutive rows, which read overlapping channels, share a small dense convolution.
     """
 
-    kernels: torch.Tensor
+    kernel: torch.Tensor
     index: torch.Tensor
     shares: torch.Tensor
 
@@ -113,42 +116,56 @@ class _SparseLayerMap(nn.Module):
         rows, first_channel, weights = _layer_weights(
             layer, len(channels), channels[layer], patchsize, pretrain_dimension, target_dimension
         )
-        self.first_row = int(rows[0]) if len(rows) else 0
-        index = np.minimum(first_channel[:, None] + np.arange(weights.shape[1]), channels[layer] - 1)
+        self.first_row = int(rows[0])
         shares = weights.sum(axis=2)  # [R, G]
-        kernel = weights.sum(axis=1)  # [R, p*p]
-        product = shares[:, :, None] * kernel[:, None, :] / kernel.sum(axis=1)[:, None, None]
-        self.separable = bool(np.abs(product - weights).max(initial=0.0) < 1e-12)
+        kernel = weights.sum(axis=1)  # [R, p*p], each sums to the row's total share
+        kernel /= kernel.sum(axis=1, keepdims=True)
+        difference = np.abs(shares[:, :, None] * kernel[:, None, :] - weights).max(initial=0.0)
+        self.separable = bool(difference < 1e-12)
         if self.separable:
-            weights = (kernel / kernel.sum(axis=1, keepdims=True))[:, None]
-        shape = (len(rows), 1, patchsize, patchsize)
-        kernels = [torch.tensor(weights[:, g], dtype=torch.float32).view(shape) for g in range(weights.shape[1])]
-        self.register_buffer("kernels", torch.stack(kernels), persistent=False)  # [G, R, 1, p, p]
-        self.register_buffer("index", torch.tensor(index.T.copy()), persistent=False)  # [G, R]
-        self.register_buffer("shares", torch.tensor(shares.T.copy(), dtype=torch.float32), persistent=False)
+            # Channels past the last one have share 0: which channel stands in for them does not matter.
+            index = np.minimum(first_channel[:, None] + np.arange(weights.shape[1]), channels[layer] - 1)
+            self.register_buffer("index", torch.tensor(index.T.copy()), persistent=False)  # [G, R]
+            self._register("shares", shares.T[..., None, None])  # [G, R, 1, 1]
+            self._register("kernel", kernel.reshape(-1, 1, patchsize, patchsize))  # [R, 1, p, p]
+        else:
+            self.bands = self._register_bands(first_channel, weights, channels[layer])
+
+    def _register(self, name: str, values: np.ndarray) -> None:
+        self.register_buffer(name, torch.tensor(values.copy(), dtype=torch.float32), persistent=False)
+
+    def _register_bands(self, first_channel: np.ndarray, weights: np.ndarray, num_channels: int) -> list[slice]:
+        """Store one dense kernel for each band of rows, and return the channels that each band reads."""
+        _, num_groups, taps = weights.shape
+        bands: list[slice] = []
+        for start in range(0, len(weights), ROWS_PER_BAND):
+            band_weights, band_first = (
+                weights[start : start + ROWS_PER_BAND],
+                first_channel[start : start + ROWS_PER_BAND],
+            )
+            low, high = int(band_first[0]), int(band_first[-1]) + num_groups
+            dense = np.zeros((len(band_weights), high - low, taps))
+            for group in range(num_groups):
+                dense[np.arange(len(dense)), band_first - low + group] = band_weights[:, group]
+            high = min(high, num_channels)
+            kernel = dense[:, : high - low].reshape(len(dense), high - low, self.patchsize, self.patchsize)
+            self._register(f"kernel_{len(bands)}", kernel)
+            bands.append(slice(low, high))
+        return bands
 
     def forward(self, feature_map: torch.Tensor) -> torch.Tensor:
         """Map [B, C, h, w] to [B, R, h, w]."""
+        padding = self.patchsize // 2
         if self.separable:
-            shares = self.shares[..., None, None]  # [G, R, 1, 1]
-            mixed = [feature_map[:, index] * share for index, share in zip(self.index, shares, strict=True)]
-            return self._depthwise(_total(mixed), self.kernels[0])
+            mixed = feature_map[:, self.index[0]] * self.shares[0]  # [B, R, h, w]
+            for index, share in zip(self.index[1:], self.shares[1:], strict=True):
+                mixed += feature_map[:, index] * share
+            return F.conv2d(mixed, self.kernel, padding=padding, groups=len(self.kernel))
         parts = [
-            self._depthwise(feature_map[:, index], kernel)
-            for index, kernel in zip(self.index, self.kernels, strict=True)
+            F.conv2d(feature_map[:, band], self.get_buffer(f"kernel_{i}"), padding=padding)
+            for i, band in enumerate(self.bands)
         ]
-        return _total(parts)
-
-    def _depthwise(self, x: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
-        return F.conv2d(x, kernel, padding=self.patchsize // 2, groups=x.shape[1])
-
-
-def _total(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Add tensors of one shape up, in place of the first."""
-    total = parts[0]
-    for part in parts[1:]:
-        total += part
-    return total
+        return torch.cat(parts, dim=1)  # [B, R, h, w]
 
 
 def _pooling_windows(num_inputs: int, num_outputs: int) -> tuple[np.ndarray, np.ndarray]:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 
 from patchcore.configs import (
@@ -17,7 +16,6 @@ from patchcore.configs import (
     PreprocessingConfig,
     SearchConfig,
     TrainingSource,
-    config_from_dict,
     config_to_dict,
 )
 from patchcore.detector import (
@@ -31,12 +29,11 @@ from patchcore.detector import (
 from patchcore.errors import ConfigurationError, DataError
 from patchcore.features.extractor import FeatureExtractor, build_extractor
 from patchcore.features.patches import ConcatEmbedding, PooledEmbedding
-from patchcore.memory.nearest_neighbours import NearestNeighbourScorer, build_nearest_neighbours
+from patchcore.memory.nearest_neighbours import NearestNeighbourScorer, build_nearest_neighbours, import_faiss
 from patchcore.memory.sampler import Sampler, build_sampler
 from patchcore.runtime import derive_seed, progress
 from patchcore.scoring.anomaly_map import anomaly_maps, image_scores
 from patchcore.scoring.calibration import Calibration, MapStatistics, calibrate, fold_bounds
-from patchcore.storage.model_folder import ModelHeader
 
 IMAGES_PER_SEARCH = 8  # keeps the distances of one search to a few hundred MB for the largest banks
 
@@ -58,7 +55,7 @@ class PatchEmbedder:
     """Images to patch embeddings: the part of PatchCore that does not learn.
 
     Args:
-        extractor: Feature maps of a frozen backbone, on its device.
+        extractor: Feature maps of a frozen backbone.
         config: Embedding, patch size and dimensions.
     """
 
@@ -72,8 +69,13 @@ class PatchEmbedder:
         else:
             dimensions = (config.pretrain_embed_dimension, config.target_embed_dimension)
             self.embedding = PooledEmbedding(channels, config.patchsize, *dimensions)
-        self.embedding.to(extractor.mean.device)
         self.dimension = self.embedding.dimension
+
+    def to(self, device: torch.device) -> PatchEmbedder:
+        """Move the network and the embedding to a device, in place, and return self."""
+        self.extractor.to(device)
+        self.embedding.to(device)
+        return self
 
     @torch.inference_mode()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
@@ -98,6 +100,7 @@ class PatchCore(AnomalyDetector):
     """
 
     method: ClassVar[str] = "patchcore"
+    config_class: ClassVar[type] = PatchCoreConfig
 
     def __init__(
         self,
@@ -118,18 +121,17 @@ class PatchCore(AnomalyDetector):
 
     @classmethod
     def prepare(
-        cls, config: PatchCoreConfig, preprocessing: PreprocessingConfig, device: torch.device, search: SearchConfig
-    ) -> Callable[[TrainingSource], PatchCore]:
+        cls, config: PatchCoreConfig, preprocessing: PreprocessingConfig, search: SearchConfig
+    ) -> Callable[[TrainingSource, torch.device], PatchCore]:
         """Load the backbone once and return what makes a detector for each class.
 
         Raises:
             ConfigurationError: Backbone, weights, layers or sampler are unknown or do not fit.
         """
         build_sampler(config.sampler.name, config.sampler.percentage)  # refuse a wrong name before the weights load
-        build_nearest_neighbours(search.faiss_on_gpu, search.faiss_num_workers, device)
-        extractor = build_extractor(config.backbone, preprocessing.imagesize_px).to(device)
-        embedder = PatchEmbedder(extractor, config)
-        return lambda source: cls(config, embedder, preprocessing, source, search)
+        import_faiss()  # refuse two installations of faiss now, not after the features are extracted
+        embedder = PatchEmbedder(build_extractor(config.backbone, preprocessing.imagesize_px), config)
+        return lambda source, device: cls(config, embedder.to(device), preprocessing, source, search)
 
     def fit(self, loader: ImageBatches) -> PatchCore:
         """Fill the memory bank with a coreset of the patches of normal images.
@@ -193,16 +195,16 @@ class PatchCore(AnomalyDetector):
         folds = fold_bounds(num_images)
         if not folds:
             return None
-        scores, maxima, means = (np.empty(num_images) for _ in range(3))
+        scores, maxima, means = torch.empty(3, num_images)  # [N] each
         for number, (start, end) in enumerate(progress(folds, f"{self.source.category}: calibration")):
             rest = torch.cat([order[:start], order[end:]]).sort().values
             scorer = self._fitted_scorer(self._fold_bank(rest, number))
             for chunk in order[start:end].split(IMAGES_PER_SEARCH):
                 chunk_scores, chunk_maps = self._score(embeddings[chunk], scorer)
-                scores[chunk] = chunk_scores.numpy()
-                maxima[chunk] = chunk_maps.flatten(1).amax(dim=1).numpy()
-                means[chunk] = chunk_maps.flatten(1).mean(dim=1).numpy()
-        return calibrate("kfold", len(folds), scores, MapStatistics(maxima, means))
+                scores[chunk] = chunk_scores
+                maxima[chunk] = chunk_maps.flatten(1).amax(dim=1)
+                means[chunk] = chunk_maps.flatten(1).mean(dim=1)
+        return calibrate("kfold", len(folds), scores.numpy(), MapStatistics(maxima.numpy(), means.numpy()))
 
     def _fold_bank(self, images: torch.Tensor, fold: int) -> torch.Tensor:
         """Return the memory bank [M, D] that some of the training images give."""
@@ -224,11 +226,18 @@ class PatchCore(AnomalyDetector):
 
         Raises:
             NotFittedError: `fit` has not been called.
+            ValueError: The images have another size than the model's preprocessing gives.
 
         Source: Roth et al. (CVPR 2022), section 3.3, Eq. 6.
         """
         if self._scorer is None:
             raise NotFittedError("this PatchCore has no memory bank: call fit() or load a model folder")
+        side = self.preprocessing.imagesize_px
+        if images.ndim != 4 or images.shape[1:] != (3, side, side):
+            raise ValueError(
+                f"found images of shape {list(images.shape)}, expected [B, 3, {side}, {side}]: "
+                "resize and crop them as the model's preprocessing says"
+            )
         scores, maps = self._score(self.embedder(images), self._scorer)
         return Prediction(scores.numpy(), maps.numpy())
 
@@ -247,22 +256,16 @@ class PatchCore(AnomalyDetector):
             raise NotFittedError("this PatchCore has no memory bank to save: call fit() first")
         return {"memory_bank": self.memory_bank_}
 
-    @classmethod
-    def from_stored(
-        cls, header: ModelHeader, tensors: Mapping[str, torch.Tensor], device: torch.device, search: SearchConfig
-    ) -> PatchCore:
-        """Rebuild a fitted PatchCore.
+    def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take over a stored memory bank.
 
         Raises:
-            ConfigurationError: The configuration is invalid, or the bank does not fit it.
+            ConfigurationError: The bank does not fit the configuration.
         """
-        config = config_from_dict(PatchCoreConfig, header.config, "model configuration")
-        model = cls.prepare(config, header.preprocessing, device, search)(header.source)
         bank = require_tensor(tensors, "memory_bank", ndim=2)
-        if bank.shape[1] != model.embedder.dimension or bank.dtype != torch.float32:
+        if bank.shape[1] != self.embedder.dimension or bank.dtype != torch.float32:
             raise ConfigurationError(
                 f"memory bank has {bank.shape[1]} columns of {bank.dtype}, the configuration gives embeddings of "
-                f"{model.embedder.dimension} float32 values: the files belong to different models"
+                f"{self.embedder.dimension} float32 values: the files belong to different models"
             )
-        model._set_bank(bank)
-        return model
+        self._set_bank(bank)
