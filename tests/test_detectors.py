@@ -63,9 +63,9 @@ def anomalous_images(count: int, seed: int) -> torch.Tensor:
 
 def check_contract(method: str, config: Any, folder: Path) -> None:
     """Fit, calibrate, predict, save and load one method, and check what every method promises."""
-    build = DETECTORS[method].prepare(config, PREPROCESSING, CPU, SearchConfig())
+    build = DETECTORS[method].prepare(config, PREPROCESSING, SearchConfig())
     source = TrainingSource("folder", "part", seed=3)
-    detector = build(source)
+    detector = build(source, CPU)
     assert isinstance(detector, AnomalyDetector)
     normal, anomalous = random_images(6, 1), anomalous_images(3, 2)
     with pytest.raises(NotFittedError, match="fit"):
@@ -103,7 +103,7 @@ def check_contract(method: str, config: Any, folder: Path) -> None:
     assert loaded.preprocessing == PREPROCESSING
     assert not list(folder.rglob("*.pkl")) and not list(folder.rglob("*.pickle"))
 
-    twin = build(source).fit(Batches(normal))
+    twin = build(source, CPU).fit(Batches(normal))
     np.testing.assert_array_equal(twin.predict(mixed).scores, prediction.scores)
 
 

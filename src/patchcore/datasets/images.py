@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 
 from patchcore.configs import PreprocessingConfig
 from patchcore.errors import DataError
 
 IGNORED = 255  # mask value of padding: neither normal nor defect
 PADDING_RGB = (124, 116, 104)  # ImageNet's mean colour: close to 0 once the backbone has normalised it
-TIFF_BITS_PER_SAMPLE = 258
+TIFF_WIDTH, TIFF_HEIGHT, TIFF_BITS_PER_SAMPLE, TIFF_SAMPLE_FORMAT = 256, 257, 258, 339
+TIFF_SIGNED = 2
+LOSSY_FORMATS = ("JPEG", "MPO", "WEBP")
+PNG_METADATA = {"exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"}
 EXIF_ORIENTATION = 0x0112
+TRANSPOSITIONS: dict[object, Image.Transpose] = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+SIDES_EXCHANGED = (5, 6, 7, 8)
 # What Pillow raises for damaged files of the formats we read.
-UNREADABLE = (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError)
+UNREADABLE = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
@@ -67,43 +84,16 @@ def read_image(path: Path) -> Image.Image:
     Raises:
         DataError: The file cannot be read as an image.
     """
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return _to_rgb(ImageOps.exif_transpose(image), _integer_bits(image), path)
-    except UNREADABLE as error:
-        raise DataError(f"{path}: not a readable image ({_one_line(error)}): replace or remove the file") from error
-
-
-def _integer_bits(image: Image.Image) -> int:
-    """Return the depth of a gray integer image: 32-bit integers are what Pillow also makes of 16-bit PNG."""
-    if image.mode == "I" and image.format == "TIFF":
-        return int(image.getexif().get(TIFF_BITS_PER_SAMPLE, 32))
-    return 16
-
-
-def _to_rgb(image: Image.Image, bits: int, path: Path) -> Image.Image:
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        return _gray(np.asarray(image).astype(np.float64) / (2.0**bits - 1))
-    if image.mode == "F":
-        values = np.asarray(image).astype(np.float64)
-        if not np.isfinite(values).all() or values.min() < 0 or values.max() > 1:
-            raise DataError(f"{path}: float image with values outside [0, 1]: rescale it or store 16-bit integers")
-        return _gray(values)
-    return image.convert("RGB")
-
-
-def _gray(values: np.ndarray) -> Image.Image:
-    """Return gray values in [0, 1] as an RGB image."""
-    levels = np.clip(np.rint(values * 255), 0, 255).astype(np.uint8)
-    return Image.fromarray(levels).convert("RGB")
+    with _opened(path, "image") as image:
+        return _to_rgb(_upright(image), _largest_integer(image), path)
 
 
 def read_mask(path: Path) -> np.ndarray:
     """Read a ground-truth mask at full size.
 
     Args:
-        path: An image whose non-zero pixels, in any colour channel, are defect.
+        path: An image whose non-zero pixels, in any colour channel, are defect; transparent ones are not. In a
+            format that may compress with loss, pixels above half of the brightest are: the rest is ringing.
 
     Returns:
         uint8 [H, W] in {0, 1}.
@@ -111,16 +101,10 @@ def read_mask(path: Path) -> np.ndarray:
     Raises:
         DataError: The file cannot be read as an image.
     """
-    try:
-        with Image.open(path) as image:
-            image.load()
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode in ("P", "PA", "RGBA", "LA"):
-                upright = upright.convert("RGB")
-            values = np.asarray(upright)
-    except UNREADABLE as error:
-        raise DataError(f"{path}: not a readable mask ({_one_line(error)}): replace the file") from error
-    defect = values != 0
+    with _opened(path, "mask") as image:
+        values = _opaque_values(_upright(image))
+        lossy = image.format in LOSSY_FORMATS
+    defect = values > values.max() / 2 if lossy else values != 0
     return (defect.any(axis=-1) if defect.ndim == 3 else defect).astype(np.uint8)
 
 
@@ -130,17 +114,89 @@ def upright_size(path: Path) -> tuple[int, int]:
     Raises:
         DataError: The file has no readable image header.
     """
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-            turned = image.getexif().get(EXIF_ORIENTATION, 1) >= 5  # orientations 5 to 8 exchange the sides
-    except UNREADABLE as error:
-        raise DataError(f"{path}: not a readable image ({_one_line(error)}): replace or remove the file") from error
+    with _opened(path, "image") as image:
+        width, height = image.size
+        if isinstance(image, TiffImageFile):  # whether `size` is that of the turned image depends on Pillow's version
+            width, height = image.tag_v2[TIFF_WIDTH], image.tag_v2[TIFF_HEIGHT]
+        turned = _orientation(image) in SIDES_EXCHANGED
     return (width, height) if turned else (height, width)
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+@contextmanager
+def _opened(path: Path, what: str) -> Iterator[Image.Image]:
+    """Open an image file; what Pillow raises meanwhile becomes a DataError that names the file."""
+    try:
+        # Not by name: from version 11 on, Pillow maps a named uncompressed TIFF wrongly if EXIF turns it on its side.
+        with path.open("rb") as file, Image.open(file) as image:
+            yield image
+    except UNREADABLE as error:
+        raise DataError(
+            f"{path}: not a readable {what} ({_reason(path, error)}): replace or remove the file"
+        ) from error
+
+
+def _reason(path: Path, error: BaseException) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "unknown format" if path.stat().st_size else "the file is empty"
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(text.split()) or type(error).__name__
+
+
+def _orientation(image: Image.Image) -> object:
+    """Return the EXIF orientation; of a PNG where it precedes the pixels, since Pillow decodes them to look behind."""
+    if image.format == "PNG" and not PNG_METADATA & image.info.keys():
+        return 1
+    return image.getexif().get(EXIF_ORIENTATION, 1)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Load an image and turn it by its EXIF orientation."""
+    transposition = TRANSPOSITIONS.get(_orientation(image))
+    image.load()
+    if transposition is None or isinstance(image, TiffImageFile):  # Pillow turns a TIFF while it loads it
+        return image
+    return image.transpose(transposition)
+
+
+def _largest_integer(image: Image.Image) -> int:
+    """Return the largest value that a gray integer image of this depth can hold."""
+    if not isinstance(image, TiffImageFile):
+        return 2**16 - 1
+    bits, sample_format = (image.tag_v2.get(tag, (1,))[0] for tag in (TIFF_BITS_PER_SAMPLE, TIFF_SAMPLE_FORMAT))
+    return 2 ** (bits - 1) - 1 if sample_format == TIFF_SIGNED else 2**bits - 1
+
+
+def _to_rgb(image: Image.Image, largest_integer: int, path: Path) -> Image.Image:
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        values = np.asarray(image)
+        if largest_integer == 2**32 - 1:
+            values = values.view(np.uint32)  # Pillow holds unsigned 32-bit values in signed ones
+        return _gray(values / largest_integer)
+    if image.mode == "F":
+        values = np.asarray(image).astype(np.float64)
+        if not np.isfinite(values).all() or values.min() < 0 or values.max() > 1:
+            raise DataError(
+                f"{path}: float image with values from {values.min():.4g} to {values.max():.4g}, expected [0, 1]: "
+                "rescale it or store 16-bit integers"
+            )
+        return _gray(values)
+    if "transparency" in image.info:
+        image = image.convert("RGBA")  # Pillow warns of a palette with transparency that is converted in one step
+    return image.convert("RGB")
+
+
+def _gray(values: np.ndarray) -> Image.Image:
+    """Return gray values in [0, 1] as an RGB image."""
+    levels = np.clip(np.rint(values * 255), 0, 255).astype(np.uint8)
+    return Image.fromarray(levels).convert("RGB")
+
+
+def _opaque_values(image: Image.Image) -> np.ndarray:
+    """Return gray values [H, W] or RGB values [H, W, 3], black where the image is transparent."""
+    if image.mode in ("1", "L", "I", "F", "RGB") or image.mode.startswith("I;16"):
+        return np.asarray(image)
+    colours = image.convert("RGBA")
+    return np.asarray(Image.alpha_composite(Image.new("RGBA", colours.size, "black"), colours).convert("RGB"))
 
 
 def crop_image(image: Image.Image, placement: Placement) -> np.ndarray:

@@ -7,7 +7,9 @@
 
 from __future__ import annotations
 
+import difflib
 import enum
+import functools
 import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -22,12 +24,13 @@ from torch.utils.data import DataLoader, Dataset
 from patchcore.configs import DatasetConfig, PreprocessingConfig
 from patchcore.datasets.images import crop_image, crop_labels, place, read_image, read_mask, upright_size
 from patchcore.errors import ConfigurationError, DataError
-from patchcore.runtime import available_cpus, derive_seed
+from patchcore.runtime import available_cpus, derive_seed, progress
 
 LOGGER = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 GOOD = "good"
+DARK_LEVEL = 32  # 12 bits that a camera stored as 16 reach 16 of 255
 
 
 class DatasetSplit(enum.Enum):
@@ -62,13 +65,13 @@ class ImageRecord:
 def list_images(folder: Path) -> list[Path]:
     """Return the image files of a folder, sorted by name; hidden files and other kinds are passed over.
 
+    A link whose target is gone counts as a file: reading it fails by name, where passing it over would silently
+    shrink the set.
+
     Raises:
         DataError: Two files differ in their suffix alone, so that masks and pictures could not be told apart.
     """
-    if not folder.is_dir():
-        return []
-    paths = [p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")]
-    paths = sorted(p for p in paths if p.is_file())
+    paths = sorted(p for p in folder.iterdir() if _is_image(p)) if folder.is_dir() else []
     stems: dict[str, Path] = {}
     for path in paths:
         if path.stem in stems:
@@ -77,9 +80,20 @@ def list_images(folder: Path) -> list[Path]:
     return paths
 
 
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and not path.is_dir()
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    """Return the folders in a folder by name, without hidden ones such as .ipynb_checkpoints; none if it is missing."""
+    if not folder.is_dir():
+        return []
+    return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
 def found_categories(root: Path) -> list[str]:
     """Return the names of the folders below `root` that look like a class (they hold a folder `train`)."""
-    return sorted(p.name for p in root.iterdir() if p.is_dir() and (p / "train").is_dir())
+    return [p.name for p in _subfolders(root) if (p / "train").is_dir()]
 
 
 def list_train(root: Path, category: str) -> list[ImageRecord]:
@@ -98,27 +112,40 @@ def list_test(root: Path, category: str) -> list[ImageRecord]:
     """
     test, truth = root / category / "test", root / category / "ground_truth"
     records: list[ImageRecord] = []
-    for folder in sorted(p for p in test.iterdir() if p.is_dir()) if test.is_dir() else []:
+    for folder in _subfolders(test):
         images = list_images(folder)
         if folder.name == GOOD or not truth.is_dir():
             records += [ImageRecord(p, category, folder.name) for p in images]
         else:
             masks = _pair_masks(images, truth / folder.name)
             records += [ImageRecord(p, category, folder.name, mask) for p, mask in zip(images, masks, strict=True)]
+    for folder in _subfolders(truth):
+        if folder.name != GOOD and not (test / folder.name).is_dir():
+            _pair_masks([], folder)
     return records
 
 
 def _pair_masks(images: Sequence[Path], truth: Path) -> list[Path]:
     """Return the mask of each image, by file name."""
-    masks = {p.stem.removesuffix("_mask"): p for p in list_images(truth)}
+    masks: dict[str, Path] = {}
+    for mask in list_images(truth):
+        name = mask.stem.removesuffix("_mask")
+        if name in masks:
+            raise DataError(f"{mask}: {masks[name].name} is a mask of the same image: remove one of them")
+        masks[name] = mask
     pairs = []
     for image in images:
         if image.stem not in masks:
-            raise DataError(f"{image}: no mask found, expected {truth / (image.stem + '_mask.png')}")
+            raise DataError(
+                f"{image}: no mask found, expected {truth / (image.stem + '_mask.png')}: add it, or remove the "
+                f"folder {truth.parent.name} of this class to measure image scores alone"
+            )
         pairs.append(masks.pop(image.stem))
     if masks:
         orphan = masks[min(masks)]
-        raise DataError(f"{orphan}: a mask without an image, expected test/{truth.name}/{min(masks)}.png")
+        raise DataError(
+            f"{orphan}: a mask without an image, expected test/{truth.name}/{min(masks)}.png: add it or remove the mask"
+        )
     return pairs
 
 
@@ -177,7 +204,8 @@ class InspectionDataset(Dataset[Any]):
         count = max(1, int(len(records) * train_val_split + 1e-9))
         train = draw(records, count, derive_seed(seed, self.category, "train_val_split"))
         if self.split is DatasetSplit.VAL:
-            return [r for r in records if r not in set(train)]
+            trained = set(train)
+            return [r for r in records if r not in trained]
         if limit is None:
             return train
         return draw(train, limit, derive_seed(seed, self.category, "limit_train"))
@@ -192,7 +220,7 @@ class InspectionDataset(Dataset[Any]):
             kept += draw(group, limit, derive_seed(0, self.category, defect_type, "limit_test"))
         return kept
 
-    @property
+    @functools.cached_property
     def has_masks(self) -> bool:
         """Whether pixel metrics are defined: every anomalous image has a mask (or there is none of them)."""
         anomalous = [r for r in self.records if r.is_anomalous]
@@ -235,29 +263,48 @@ class InspectionDataset(Dataset[Any]):
         return mask
 
     def check_files(self) -> None:
-        """Read the header of every file, and warn where the crop loses more than that of a square image.
+        """Read the header of every file; warn of images that the crop cuts much of, and of ones that read as black.
 
         Raises:
             DataError: A file is no image, or a mask has another size than its image.
         """
-        square = (self.preprocessing.resize_px, self.preprocessing.resize_px)
-        allowed = place(*square, self.preprocessing).lost_fraction
         worst, worst_path = 0.0, None
-        for record in self.records:
+        for record in progress(self.records, f"{self.category}: checking files"):
             size = upright_size(record.path)
             if record.mask_path is not None and (mask_size := upright_size(record.mask_path)) != size:
                 raise DataError(_size_mismatch(record.mask_path, mask_size, record.path, size))
             lost = place(*size, self.preprocessing).lost_fraction
             if lost > worst:
                 worst, worst_path = lost, record.path
-        if worst_path is not None and worst > allowed + 0.01:
+        if worst_path is not None:
+            self._warn_of_crop(worst, worst_path)
+        if self.records:
+            self._warn_of_darkness(self.records[0].path)
+
+    def _warn_of_crop(self, lost: float, path: Path) -> None:
+        """Warn where the crop loses more than it loses of a square image."""
+        square = (self.preprocessing.resize_px, self.preprocessing.resize_px)
+        allowed = place(*square, self.preprocessing).lost_fraction
+        if lost > allowed + 0.01:
             LOGGER.warning(
                 "%s: the centre crop loses %.0f %% of %s (%.0f %% of a square image): "
                 "--resize_mode letterbox keeps long images whole",
                 self.category,
-                100 * worst,
-                worst_path.name,
+                100 * lost,
+                path.name,
                 100 * allowed,
+            )
+
+    def _warn_of_darkness(self, path: Path) -> None:
+        """Warn where an image reads as black, as 12 bits in a 16-bit file do; one image tells for its camera."""
+        brightest = int(np.asarray(read_image(path)).max())
+        if brightest < DARK_LEVEL:
+            LOGGER.warning(
+                "%s: the brightest pixel of %s reads as %d of 255: if the camera gave fewer bits than the file "
+                "holds, scale the values to the full range of the file",
+                self.category,
+                path.name,
+                brightest,
             )
 
 
@@ -348,31 +395,51 @@ def resolve_categories(
         ConfigurationError: The path, a class, training images or test images are missing.
     """
     root = Path(config.path)
-    if not root.is_dir():
-        raise ConfigurationError(f"data path {config.path!r} is no folder: expected the folder that holds the classes")
-    found = found_by(root)
-    if not found:
-        raise ConfigurationError(f"no class found in {config.path!r}: expected folders <class>/train/{GOOD} there")
-    order = {name: i for i, name in enumerate(published)}
-    wanted = config.categories or tuple(sorted(found, key=lambda c: (order.get(c, len(order)), c)))
-    for category in wanted:
-        if category not in found:
-            raise ConfigurationError(f"class {category!r} not found in {config.path!r}: found {', '.join(found)}")
-        _require_images(root, category)
+    try:
+        if not root.is_dir():
+            what = "is a file" if root.exists() else "does not exist"
+            raise ConfigurationError(f"data path {config.path!r} {what}: expected the folder that holds the classes")
+        found = found_by(root)
+        if not found:
+            raise ConfigurationError(_no_class(config.path))
+        order = {name: i for i, name in enumerate(published)}
+        wanted = config.categories or tuple(sorted(found, key=lambda c: (order.get(c, len(order)), c)))
+        for category in wanted:
+            _require_category(root, category, found)
+            _require_images(root, category)
+    except OSError as error:
+        raise ConfigurationError(
+            f"{error.filename!r} cannot be read ({error.strerror}): mend its permissions"
+        ) from error
     return list(wanted)
+
+
+def _no_class(path: str) -> str:
+    if (Path(path) / "train").is_dir():
+        return f"data path {path!r} is a class itself: give the folder above it, and the class with -d"
+    return f"no class found in {path!r}: expected folders <class>/train/{GOOD} there"
+
+
+def _require_category(root: Path, category: str, found: Sequence[str]) -> None:
+    """Raise ConfigurationError unless there is a folder of the class; what it lacks is told later."""
+    if category not in found and category not in [p.name for p in _subfolders(root)]:
+        near = difflib.get_close_matches(category, found, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigurationError(f"class {category!r} not found in {str(root)!r}: found {', '.join(found)}{hint}")
 
 
 def _require_images(root: Path, category: str) -> None:
     """Raise ConfigurationError unless the class has training and test images."""
-    train = root / category / "train" / GOOD
-    if not _has_image(train):
-        raise ConfigurationError(f"no training images in {str(train)!r}: expected {', '.join(IMAGE_SUFFIXES)} files")
-    test = root / category / "test"
-    if not test.is_dir() or not any(_has_image(p) for p in test.iterdir()):
+    train, test = root / category / "train", root / category / "test"
+    for folder in _subfolders(train) + _subfolders(test):
+        if folder.name != GOOD and folder.name.lower() == GOOD:  # it would count as a defect type
+            raise ConfigurationError(f"{str(folder)!r} holds normal images, expected the name {GOOD!r}: rename it")
+    if not _has_image(train / GOOD):
+        expected = ", ".join(IMAGE_SUFFIXES)
+        raise ConfigurationError(f"no training images in {str(train / GOOD)!r}: expected {expected} files")
+    if not any(_has_image(p) for p in _subfolders(test)):
         raise ConfigurationError(f"no test images in {str(test)!r}: expected folders <defect type>/ with images")
 
 
 def _has_image(folder: Path) -> bool:
-    return folder.is_dir() and any(
-        p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".") for p in folder.iterdir()
-    )
+    return folder.is_dir() and any(_is_image(p) for p in folder.iterdir())
