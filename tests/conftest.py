@@ -72,7 +72,9 @@ RunCommand = Callable[..., "subprocess.CompletedProcess[str]"]
 def run_command() -> RunCommand:
     """Run a script of bin/ as a user does; returns the finished process with its text output."""
 
-    def run(script: str, *args: object, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    def run(
+        script: str, *args: object, cwd: Path | None = None, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, str(REPOSITORY / "bin" / script), *map(str, args)],
             capture_output=True,

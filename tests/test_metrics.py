@@ -128,9 +128,7 @@ def test_image_metrics_by_hand() -> None:
     # AUROC: 0.9 beats 4; 0.7 beats 2 and ties 1 -> (4 + 2.5) / 8.
     # AP: recall 0 -> 1/2 at precision 1/1, 1/2 -> 1 at precision 2/4 -> 1/2 + 1/4.
     # F1: at 0.9 2*1 / (1+2), at 0.8 2*1 / (2+2), at 0.7 2*2 / (4+2), lower is worse -> 2/3.
-    found = image_metrics(
-        np.array([0.1, 0.9, 0.7, 0.8, 0.7, 0.05]), np.array([False, True, True, False, False, False])
-    )
+    found = image_metrics(np.array([0.1, 0.9, 0.7, 0.8, 0.7, 0.05]), np.array([False, True, True, False, False, False]))
     assert found.auroc == pytest.approx(6.5 / 8, **EXACT)
     assert found.average_precision == pytest.approx(3 / 4, **EXACT)
     assert found.f1_max == pytest.approx(2 / 3, **EXACT)
@@ -422,9 +420,7 @@ def test_a_region_cut_in_two_counts_once_if_its_label_says_so() -> None:
     assert pixel_metrics(anomaly_maps, masks, regions) == pixel_metrics(anomaly_maps, masks)
     regions[2, 3:5, 1:4] = regions[2, 3:5, 6:9] = 40  # labels need not be consecutive
     image = np.arange(len(masks))[:, None, None]  # [N, 1, 1]
-    joined = [
-        (regions == k) & (image == i) for i in range(len(masks)) for k in np.unique(regions[i]) if k > 0
-    ]
+    joined = [(regions == k) & (image == i) for i in range(len(masks)) for k in np.unique(regions[i]) if k > 0]
     found = pixel_metrics(anomaly_maps, masks, regions)
     assert found.num_regions == len(joined) == pixel_metrics(anomaly_maps, masks).num_regions - 1
     assert found.pro == pytest.approx(brute_force_pro(anomaly_maps, joined, masks == 0), **EXACT)

@@ -19,11 +19,12 @@ from patchcore.datasets.registry import dataset_class
 from patchcore.detector import AnomalyDetector, DetectorBuilder
 from patchcore.errors import DataError
 from patchcore.evaluation.metrics import label_regions
-from patchcore.evaluation.plots import Caption, HeatScale, segmentation_picture
+from patchcore.evaluation.plots import Caption, HeatScale, picture_names, png_bytes, segmentation_picture
 from patchcore.evaluation.summary import class_metrics, defect_metrics
 from patchcore.runtime import peak_memory_megabytes, progress, reset_peak_memory
 from patchcore.scoring.calibration import Calibration, MapStatistics, calibrate
 from patchcore.storage import run_folder
+from patchcore.storage.files import write_bytes
 from patchcore.storage.run_folder import ClassResult
 
 LOGGER = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ def train_class(task: ClassTask, category: str, seed: int, builder: DetectorBuil
     train, held_out, test = (open_dataset(task.dataset, category, split, seed) for split in DatasetSplit)
     for part in (train, held_out, test):
         part.check_files()
-    detector = builder(TrainingSource(task.dataset.name, category, seed))
+    detector = builder(TrainingSource(task.dataset.name, category, seed), task.device)
     started = time.perf_counter()
     detector.fit(_loader(task, train))
     trained = time.perf_counter()
@@ -244,14 +245,14 @@ def _write_pictures(
         LOGGER.warning("%s: this method has no anomaly maps: no pictures are written", test.category)
         return
     scale = _heat_scale(result.maps, calibration)
-    folder.mkdir(parents=True, exist_ok=True)
+    names = picture_names([(r.defect_type, r.path.stem) for r in test.records])
     for i, record in enumerate(progress(test.records, f"{test.category}: pictures")):
         threshold = calibration.image.threshold if calibration else None
         name = f"{record.defect_type}/{record.path.name}"
         caption = Caption(name, record.defect_type, float(result.scores[i]), threshold)
         mask = result.masks[i] if result.masks is not None else None
         picture = segmentation_picture(result.images[i].transpose(1, 2, 0), mask, result.maps[i], scale, caption)
-        picture.save(folder / f"{record.defect_type}_{record.path.stem}.png")
+        write_bytes(folder / names[i], png_bytes(picture))
 
 
 def _heat_scale(maps: np.ndarray, calibration: Calibration | None) -> HeatScale:

@@ -92,7 +92,7 @@ class DatasetConfig:
         num_workers: Processes that read images; at most one per CPU core is started, 0 reads in this process.
         preprocessing: Resize and crop.
         limit_train: Use so many training images per class, drawn with the seed; None uses all.
-        limit_test: Use so many test images per defect type, drawn with the seed; None uses all.
+        limit_test: Use so many test images per defect type, the same ones for every seed; None uses all.
     """
 
     name: str
@@ -225,14 +225,16 @@ class SearchConfig:
 
     Attributes:
         faiss_on_gpu: Search on the GPU where faiss was built for it.
-        faiss_num_workers: Threads of faiss on the CPU, at most one per core.
+        faiss_num_workers: Search with faiss on so many CPU threads, at most one per core; None searches with torch,
+            which finds the same.
     """
 
     faiss_on_gpu: bool = False
-    faiss_num_workers: int = 8
+    faiss_num_workers: int | None = None
 
     def __post_init__(self) -> None:
-        require_at_least("--faiss_num_workers", self.faiss_num_workers, 1)
+        if self.faiss_num_workers is not None:
+            require_at_least("--faiss_num_workers", self.faiss_num_workers, 1)
 
 
 @dataclass(frozen=True)

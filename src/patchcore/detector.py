@@ -9,14 +9,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 import torch
 
-from patchcore.configs import PreprocessingConfig, SearchConfig, TrainingSource, require_choice
-from patchcore.errors import ConfigurationError
+from patchcore.configs import PreprocessingConfig, SearchConfig, TrainingSource, config_from_dict, require_choice
+from patchcore.errors import ConfigurationError, DataError
 from patchcore.scoring.calibration import Calibration
 from patchcore.storage.model_folder import (
     FORMAT_VERSION,
@@ -60,12 +61,14 @@ class AnomalyDetector(ABC):
 
     Attributes:
         method: Name in the registry and in model folders.
+        config_class: Dataclass of the method's configuration.
         preprocessing: Resize and crop that its images had.
         source: What it is trained on.
         calibration_: Thresholds; None before `calibrate` or without it.
     """
 
     method: ClassVar[str]
+    config_class: ClassVar[type]
 
     def __init__(self, preprocessing: PreprocessingConfig, source: TrainingSource) -> None:
         self.preprocessing = preprocessing
@@ -101,21 +104,16 @@ class AnomalyDetector(ABC):
 
     @classmethod
     @abstractmethod
-    def prepare(
-        cls, config: Any, preprocessing: PreprocessingConfig, device: torch.device, search: SearchConfig
-    ) -> DetectorBuilder:
-        """Load what all classes share, and return what makes an unfitted detector for one of them.
+    def prepare(cls, config: Any, preprocessing: PreprocessingConfig, search: SearchConfig) -> DetectorBuilder:
+        """Load what all classes share, and return what makes an unfitted detector for one of them on a device.
 
         Raises:
             ConfigurationError: The configuration names something unknown, or weights cannot be had.
         """
 
-    @classmethod
     @abstractmethod
-    def from_stored(
-        cls, header: ModelHeader, tensors: Mapping[str, torch.Tensor], device: torch.device, search: SearchConfig
-    ) -> AnomalyDetector:
-        """Rebuild a fitted detector.
+    def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take over what `tensors` gave for a fitted detector of this configuration.
 
         Raises:
             ConfigurationError: Configuration and tensors do not fit each other.
@@ -143,6 +141,56 @@ def register_detector(cls: D) -> D:
     return cls
 
 
+@dataclass(frozen=True)
+class StoredModel:
+    """A model folder of which everything but the tensors has been read and checked.
+
+    Attributes:
+        folder: The folder.
+        header: What its model.json says.
+        builder: Makes the unfitted detector; models of one configuration may share it.
+    """
+
+    folder: Path
+    header: ModelHeader
+    builder: DetectorBuilder
+
+    def restore(self, device: torch.device) -> AnomalyDetector:
+        """Read what was learned and return the fitted detector on a device.
+
+        Raises:
+            ConfigurationError: The tensors are missing, damaged or do not fit the configuration.
+        """
+        detector = self.builder(self.header.source, device)
+        try:
+            detector.restore(read_model_tensors(self.folder))
+        except (ConfigurationError, DataError) as error:
+            raise ConfigurationError(f"model {str(self.folder)!r}: {error}") from error
+        detector.calibration_ = self.header.calibration
+        return detector
+
+
+def prepare_stored(header: ModelHeader, where: str, search: SearchConfig) -> DetectorBuilder:
+    """Load what a stored model needs beside its tensors, such as the backbone.
+
+    Args:
+        header: What model.json says.
+        where: Name of the model, for messages.
+        search: How neighbours are searched, for memory banks.
+
+    Raises:
+        ConfigurationError: The method is unknown, or the configuration names something that is not there.
+    """
+    import_module("patchcore.methods")  # enters every detector into the registry
+    try:
+        require_choice("method", header.method, DETECTORS)
+        detector = DETECTORS[header.method]
+        config: Any = config_from_dict(detector.config_class, header.config, "config")
+        return detector.prepare(config, header.preprocessing, search)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"model {where!r}: {error}") from error
+
+
 def load_detector(folder: Path, device: torch.device, search: SearchConfig | None = None) -> AnomalyDetector:
     """Read any model folder.
 
@@ -155,11 +203,8 @@ def load_detector(folder: Path, device: torch.device, search: SearchConfig | Non
         ConfigurationError: The folder is no model, is damaged, or belongs to an unknown method.
     """
     header = read_model_header(folder)
-    require_choice(f"method in {folder}", header.method, DETECTORS)
-    tensors = read_model_tensors(folder)
-    detector = DETECTORS[header.method].from_stored(header, tensors, device, search or SearchConfig())
-    detector.calibration_ = header.calibration
-    return detector
+    builder = prepare_stored(header, str(folder), search or SearchConfig())
+    return StoredModel(folder, header, builder).restore(device)
 
 
 def require_tensor(tensors: Mapping[str, torch.Tensor], name: str, ndim: int) -> torch.Tensor:
@@ -170,4 +215,4 @@ def require_tensor(tensors: Mapping[str, torch.Tensor], name: str, ndim: int) ->
     return tensors[name]
 
 
-DetectorBuilder = Callable[[TrainingSource], AnomalyDetector]
+DetectorBuilder = Callable[[TrainingSource, torch.device], AnomalyDetector]

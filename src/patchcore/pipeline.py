@@ -7,6 +7,7 @@ one class ends that class alone.
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import platform
 import shlex
@@ -32,10 +33,10 @@ from patchcore.configs import (
 )
 from patchcore.datasets.inspection import DatasetSplit, resolve_categories
 from patchcore.datasets.registry import dataset_class
-from patchcore.detector import DETECTORS, load_detector
+from patchcore.detector import DETECTORS, DetectorBuilder, StoredModel, prepare_stored
 from patchcore.errors import ConfigurationError, DataError
 from patchcore.evaluation.report import text_table
-from patchcore.runtime import log_to_file, reset_peak_memory, resolve_device, set_threads
+from patchcore.runtime import log_to_file, progress, reset_peak_memory, resolve_device, set_threads
 from patchcore.storage import run_folder
 from patchcore.storage.model_folder import ModelHeader, read_model_header
 from patchcore.storage.run_folder import ClassResult
@@ -74,14 +75,17 @@ def train_and_evaluate(
         )
     parent = Path(run.results_path) / run.log_project
     run_folder.require_writable(parent)
-    device = _start_runtime(run.runtime)
-    builder = DETECTORS[method].prepare(config, dataset.preprocessing, device, search)
+    set_threads(run.runtime.threads)
+    search = _limited(search, run.runtime)
+    builder = DETECTORS[method].prepare(config, dataset.preprocessing, search)
+    identities = {seed: _identity(method, config, run, dataset, seed) for seed in run.seeds}
+    for seed, identity in identities.items():
+        _require_resumable(parent / _group(run, seed), identity, run)
+    device = resolve_device(run.runtime.device, run.runtime.gpus)
     finished: list[list[ClassResult]] = []
     complete = True
-    for seed in run.seeds:
-        group = run.log_group if len(run.seeds) == 1 else run_folder.seed_group(run.log_group, seed)
-        identity = _identity(method, config, run, dataset, seed)
-        folder = _open_run_folder(parent, group, identity, run, device)
+    for seed, identity in identities.items():
+        folder = _open_run_folder(parent, _group(run, seed), identity, run, device)
         task = ClassTask(folder, dataset, run.outputs, device)
         announce(f"results: {folder}")
         with log_to_file(folder / "run.log"):
@@ -93,6 +97,18 @@ def train_and_evaluate(
     if len(run.seeds) > 1:
         _write_seed_table(parent, run, finished, announce)
     return complete
+
+
+def _limited(search: SearchConfig, runtime: RuntimeConfig) -> SearchConfig:
+    """Give the search no more threads than --threads: faiss sets a number that torch shares, and would undo it."""
+    workers = search.faiss_num_workers
+    if workers is None or runtime.threads is None:
+        return search
+    return replace(search, faiss_num_workers=min(workers, runtime.threads))
+
+
+def _group(run: RunConfig, seed: int) -> str:
+    return run.log_group if len(run.seeds) == 1 else run_folder.seed_group(run.log_group, seed)
 
 
 def _identity(method: str, config: Any, run: RunConfig, dataset: DatasetConfig, seed: int) -> dict[str, Any]:
@@ -110,13 +126,19 @@ def _identity(method: str, config: Any, run: RunConfig, dataset: DatasetConfig, 
     }
 
 
+def _require_resumable(folder: Path, identity: dict[str, Any], run: RunConfig) -> None:
+    """Raise ConfigurationError if --skip_existing names a folder that holds another run, or something else."""
+    if run.skip_existing and not run_folder.is_unused(folder):
+        run_folder.require_same_config(folder, identity)
+
+
 def _open_run_folder(parent: Path, group: str, identity: dict[str, Any], run: RunConfig, device: torch.device) -> Path:
     """Make a run folder, or reopen exactly the named one with --skip_existing."""
     folder = parent / group
-    if run.skip_existing and (folder / "config.json").exists():
-        run_folder.require_same_config(folder, identity)
-        return folder
-    if not (run.skip_existing and folder.is_dir() and not any(folder.iterdir())):
+    if run.skip_existing and folder.exists():
+        if not run_folder.is_unused(folder):
+            return folder
+    else:
         folder = run_folder.claim_folder(parent, group)
     run_folder.write_run_config(folder, identity, _environment(device))
     return folder
@@ -132,11 +154,6 @@ def _environment(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
-
-
-def _start_runtime(config: RuntimeConfig) -> torch.device:
-    set_threads(config.threads)
-    return resolve_device(config.device, config.gpus)
 
 
 def _process_classes(
@@ -243,17 +260,22 @@ def load_and_evaluate(
     for path, header in headers.items():
         _require_agreement(path, header, method, typed)
     preprocessing = _shared_preprocessing(headers)
-    models = _match_models(headers, dataset.categories)
-    dataset = replace(dataset, categories=tuple(models), preprocessing=preprocessing)
+    paths = _match_models(headers, dataset.categories)
+    dataset = replace(dataset, categories=tuple(paths), preprocessing=preprocessing)
     resolve_categories(dataset, dataset_class(dataset.name).categories)
     target = Path(save_folder)
+    if target.name in ("", ".."):
+        raise ConfigurationError(f"SAVE_FOLDER is {save_folder!r}, expected the path of a folder to create")
     run_folder.require_writable(target.parent)
-    device = _start_runtime(runtime)
+    set_threads(runtime.threads)
+    search = _limited(search, runtime)
+    models = _open_models({category: (path, headers[path]) for category, path in paths.items()}, search)
+    device = resolve_device(runtime.device, runtime.gpus)
     folder = run_folder.claim_folder(target.parent, target.name)
     task = ClassTask(folder, dataset, outputs, device)
     identity = {
         "method": method,
-        "models": {category: str(path.resolve()) for category, path in models.items()},
+        "models": {category: str(model.folder.resolve()) for category, model in models.items()},
         "dataset": config_to_dict(dataset),
         "outputs": config_to_dict(outputs),
     }
@@ -264,13 +286,29 @@ def load_and_evaluate(
         reset_peak_memory()
         test = open_dataset(dataset, category, DatasetSplit.TEST, 0)
         test.check_files()
-        detector = load_detector(models[category], device, search)
-        return evaluate_class(task, category, detector, test, {})
+        return evaluate_class(task, category, models[category].restore(device), test, {})
 
     with log_to_file(folder / "run.log"):
         results, failures = _process_classes(task, process, skip_existing=False)
     _announce_results(folder, outputs, results, failures, announce)
     return not failures
+
+
+def _open_models(models: dict[str, tuple[Path, ModelHeader]], search: SearchConfig) -> dict[str, StoredModel]:
+    """Read every model once, so that a damaged one is found before any work; models share equal backbones.
+
+    Raises:
+        ConfigurationError: A model is damaged, or needs something that is not there.
+    """
+    builders: dict[str, DetectorBuilder] = {}
+    opened: dict[str, StoredModel] = {}
+    for category, (path, header) in progress(models.items(), "models"):
+        key = json.dumps(header.config, sort_keys=True)
+        if key not in builders:
+            builders[key] = prepare_stored(header, str(path), search)
+        opened[category] = StoredModel(path, header, builders[key])
+        opened[category].restore(torch.device("cpu"))  # dropped at once: all memory banks together may be large
+    return opened
 
 
 def _require_agreement(path: Path, header: ModelHeader, method: str, typed: TypedPreprocessing) -> None:

@@ -133,7 +133,7 @@ def resolve_device(device: str, gpus: tuple[int, ...] = (0,)) -> torch.device:
 def _cuda_index(device: str) -> int:
     """Return N of "cuda:N"."""
     text = device.partition(":")[2]
-    if not text.isdigit():
+    if not text.isdecimal():  # isdigit also takes superscripts, which int() refuses
         raise ConfigurationError(f"--device {device!r}: expected a GPU number after the colon, as in cuda:0")
     return int(text)
 

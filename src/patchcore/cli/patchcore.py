@@ -9,13 +9,17 @@ import click
 
 from patchcore.cli.grammar import EXIT_FAILED, ChainedCommand, quiet_libraries
 from patchcore.cli.steps import (
+    AUGMENT_OPTION,
     CALIBRATION_OPTION,
     CATEGORIES_OPTION,
     DATASET_ARGUMENTS,
     PREPROCESSING_OPTIONS,
     READING_OPTIONS,
     RUNTIME_OPTIONS,
+    TRAIN_VAL_SPLIT_OPTION,
     dataset_step,
+    refuse,
+    refuse_augment,
     runtime_config,
     sampler_step,
     with_options,
@@ -30,6 +34,7 @@ from patchcore.configs import (
     RunConfig,
     RuntimeConfig,
     SearchConfig,
+    require_at_least,
 )
 from patchcore.runtime import log_to_console
 
@@ -94,7 +99,7 @@ def _run(
 FAISS_OPTIONS = (
     click.option("--faiss_on_gpu", is_flag=True, help="Search on the GPU where faiss was built for it."),
     click.option(
-        "--faiss_num_workers", type=int, default=8, show_default=True, help="Threads of faiss, at most one per core."
+        "--faiss_num_workers", type=int, default=None, help="Search with faiss on so many CPU threads instead of torch."
     ),
 )
 
@@ -136,17 +141,17 @@ def patch_core_step(
     patchoverlap: float,
     patchsize_aggregate: tuple[int, ...],
     faiss_on_gpu: bool,
-    faiss_num_workers: int,
+    faiss_num_workers: int | None,
     weights: tuple[str, ...],
     embedding: str,
     normalization: str,
 ) -> tuple[str, tuple[PatchCoreConfig, SearchConfig]]:
     """PatchCore: backbone, layers, embedding, neighbours."""
-    _refuse("--preprocessing", preprocessing, "mean", "the published runs use no other")
-    _refuse("--aggregation", aggregation, "mean", "the published runs use no other")
-    _refuse("--patchscore", patchscore, "max", "it never had an effect in the original")
-    _refuse("--patchoverlap", patchoverlap, 0.0, "it never had an effect in the original")
-    _refuse("--patchsize_aggregate", patchsize_aggregate, (), "it never had an effect in the original")
+    refuse("--preprocessing", preprocessing, "mean", "the published runs use no other")
+    refuse("--aggregation", aggregation, "mean", "the published runs use no other")
+    refuse("--patchscore", patchscore, "max", "it never had an effect in the original")
+    refuse("--patchoverlap", patchoverlap, 0.0, "it never had an effect in the original")
+    refuse("--patchsize_aggregate", patchsize_aggregate, (), "it never had an effect in the original")
     config = PatchCoreConfig(
         backbone=_backbone(backbones, layers, weights, normalization),
         embedding=embedding,
@@ -156,13 +161,6 @@ def patch_core_step(
         num_nn=num_nn,
     )
     return "patch_core", (config, SearchConfig(faiss_on_gpu, faiss_num_workers))
-
-
-def _refuse(option: str, value: object, default: object, reason: str) -> None:
-    """Refuse a value that would change nothing: an option without effect misleads."""
-    if value != default:
-        shown = "leave it out" if default == () else f"use {default} or leave it out"
-        raise click.UsageError(f"{option} {value} is not available, {reason}: {shown}")
 
 
 def _backbone(
@@ -181,7 +179,7 @@ def _backbone(
 @click.argument("save_folder")
 @with_options(
     *RUNTIME_OPTIONS,
-    click.option("--seed", type=int, default=0, help="Accepted for old scripts; only 0 or more, models fix the rest."),
+    click.option("--seed", type=int, default=0, help="Accepted for old scripts; changes nothing in a stored model."),
     click.option("--save_segmentation_images", is_flag=True, help="One picture per test image."),
     click.option("--save_anomaly_scores", is_flag=True, help="Raw anomaly maps beside the image scores."),
 )
@@ -200,6 +198,7 @@ def _load_and_evaluate(
     save_segmentation_images: bool,
     save_anomaly_scores: bool,
 ) -> int:
+    require_at_least("--seed", seed, 0)
     step = dict(steps)
     paths, search = step["patch_core_loader"]
     dataset, typed = step["dataset"]
@@ -228,28 +227,39 @@ def _load_and_evaluate(
     *FAISS_OPTIONS,
 )
 def patch_core_loader_step(
-    paths: tuple[str, ...], faiss_on_gpu: bool, faiss_num_workers: int
+    paths: tuple[str, ...], faiss_on_gpu: bool, faiss_num_workers: int | None
 ) -> tuple[str, tuple[tuple[str, ...], SearchConfig]]:
     """Name the model folders."""
     return "patch_core_loader", (paths, SearchConfig(faiss_on_gpu, faiss_num_workers))
 
 
 @load_and_evaluate_patchcore.command("dataset", short_help="What to read: [OPTIONS] mvtec|mpdd|folder DATA_PATH")
-@with_options(CATEGORIES_OPTION, *PREPROCESSING_OPTIONS, *READING_OPTIONS, *DATASET_ARGUMENTS)
+@with_options(
+    CATEGORIES_OPTION,
+    TRAIN_VAL_SPLIT_OPTION,
+    *PREPROCESSING_OPTIONS,
+    *READING_OPTIONS,
+    AUGMENT_OPTION,
+    *DATASET_ARGUMENTS,
+)
 @click.pass_context
 def stored_dataset_step(
     context: click.Context,
     name: str,
     data_path: str,
     categories: tuple[str, ...],
+    train_val_split: float,
     resize: int,
     imagesize: int,
     resize_mode: str,
     batch_size: int,
     num_workers: int,
     limit_test: int | None,
+    augment: bool,
 ) -> tuple[str, tuple[DatasetConfig, dict[str, Any]]]:
     """Read the test images; resize and crop are those of the models, typed ones must agree."""
+    refuse("--train_val_split", train_val_split, 1.0, "stored models are not trained again")
+    refuse_augment(augment)
     values = {"resize": resize, "imagesize": imagesize, "resize_mode": resize_mode}
     typed = {
         name: value

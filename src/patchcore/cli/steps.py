@@ -85,6 +85,25 @@ CATEGORIES_OPTION = click.option(
     help="Class; repeatable; every class found if left out.",
 )
 
+TRAIN_VAL_SPLIT_OPTION = click.option(
+    "--train_val_split", type=float, default=1.0, show_default=True, help="Share of the training images trained on."
+)
+
+AUGMENT_OPTION = click.option("--augment", is_flag=True, help="Refused: no method here trains on augmented images yet.")
+
+
+def refuse(option: str, value: object, default: object, reason: str) -> None:
+    """Refuse a value that would change nothing: an option without effect misleads."""
+    if value != default:
+        shown = "leave it out" if default == () else f"use {default} or leave it out"
+        raise click.UsageError(f"{option} {value} is not available, {reason}: {shown}")
+
+
+def refuse_augment(augment: bool) -> None:
+    if augment:
+        raise click.UsageError("--augment is not available: the original declares it without any effect: leave it out")
+
+
 DATASET_ARGUMENTS: tuple[Callable[[Any], Any], ...] = (
     click.argument("name"),
     click.argument("data_path"),
@@ -94,11 +113,11 @@ DATASET_ARGUMENTS: tuple[Callable[[Any], Any], ...] = (
 @click.command("dataset", short_help="What to read: [OPTIONS] mvtec|mpdd|folder DATA_PATH")
 @with_options(
     CATEGORIES_OPTION,
-    click.option("--train_val_split", type=float, default=1.0, show_default=True, help="Share of images trained on."),
+    TRAIN_VAL_SPLIT_OPTION,
     *PREPROCESSING_OPTIONS,
     *READING_OPTIONS,
     click.option("--limit_train", type=int, default=None, help="Train on so many images, drawn with the seed."),
-    click.option("--augment", is_flag=True, help="Refused: no method here trains on augmented images yet."),
+    AUGMENT_OPTION,
     *DATASET_ARGUMENTS,
 )
 def dataset_step(
@@ -116,8 +135,7 @@ def dataset_step(
     augment: bool,
 ) -> tuple[str, DatasetConfig]:
     """Read images in the MVTec AD layout: NAME is mvtec, mpdd or folder, DATA_PATH holds the classes."""
-    if augment:
-        raise click.UsageError("--augment is not available: the original declares it without any effect: leave it out")
+    refuse_augment(augment)
     config = DatasetConfig(
         name=name,
         path=data_path,

@@ -127,9 +127,7 @@ def threshold_metrics(scores: np.ndarray, labels: np.ndarray, threshold: float) 
     )
 
 
-def pixel_metrics(
-    anomaly_maps: np.ndarray, masks: np.ndarray, regions: np.ndarray | None = None
-) -> PixelMetrics:
+def pixel_metrics(anomaly_maps: np.ndarray, masks: np.ndarray, regions: np.ndarray | None = None) -> PixelMetrics:
     """Measure how well anomaly maps localise the defects of a test set.
 
     Args:
@@ -375,9 +373,7 @@ def _checked_scores_and_labels(scores: np.ndarray, labels: np.ndarray) -> tuple[
             f"scores have shape {scores.shape}, labels {labels.shape}, expected one of each per image: [N]"
         )
     if not np.isin(labels, (0, 1)).all():
-        raise ValueError(
-            f"labels are {np.unique(labels)[:5].tolist()}, expected True (anomalous) or False (good)"
-        )
+        raise ValueError(f"labels are {np.unique(labels)[:5].tolist()}, expected True (anomalous) or False (good)")
     _check_finite("image scores", scores)
     return scores, labels.astype(bool)
 

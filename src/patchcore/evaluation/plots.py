@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import io
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import matplotlib
@@ -20,6 +23,7 @@ MUTED = (95, 102, 110)
 ALARM = (176, 0, 32)
 CONTOUR = (0, 229, 255)  # cyan: apart from every colour of the heat map, for colour-blind eyes too
 DEFECT_OVERLAY = (0, 229, 255)
+MAX_NAME_BYTES = 200  # of a picture without suffix; file systems end at 255
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ def segmentation_picture(
     width = GAP_PX + len(panels) * (PANEL_PX + GAP_PX) + SCALE_PX
     canvas = Image.new("RGB", (width, HEADER_PX + PANEL_PX + FOOTER_PX), BACKGROUND)
     draw = ImageDraw.Draw(canvas)
-    _draw_caption(draw, caption)
+    _draw_caption(draw, caption, width)
     for number, (title, panel) in enumerate(panels):
         left = GAP_PX + number * (PANEL_PX + GAP_PX)
         canvas.paste(panel, (left, HEADER_PX))
@@ -90,8 +94,40 @@ def segmentation_picture(
     return canvas
 
 
-def _draw_caption(draw: ImageDraw.ImageDraw, caption: Caption) -> None:
-    draw.text((GAP_PX, 8), f"{caption.name}   truth: {caption.truth}", fill=MUTED, font=_font(15))
+def picture_names(images: Sequence[tuple[str, str]]) -> list[str]:
+    """Name the pictures of a class: `<defect type>_<image>.png`, shortened and numbered where that is needed.
+
+    Args:
+        images: Defect type and file name without suffix of each image.
+
+    Returns:
+        File names, no two alike (`a_b` / `c` and `a` / `b_c` would be), also where upper and lower case are one.
+    """
+    names: list[str] = []
+    taken: set[str] = set()
+    for defect_type, stem in images:
+        base = f"{defect_type}_{stem}"
+        while len(os.fsencode(base)) > MAX_NAME_BYTES:
+            base = base[:-1]
+        name, number = base, 0
+        while name.casefold() in taken:
+            name, number = f"{base}_{number}", number + 1
+        taken.add(name.casefold())
+        names.append(f"{name}.png")
+    return names
+
+
+def png_bytes(picture: Image.Image) -> bytes:
+    """Return a picture as the content of a PNG file."""
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def _draw_caption(draw: ImageDraw.ImageDraw, caption: Caption, width: int) -> None:
+    truth = f"   truth: {_fitted(caption.truth, width // 3)}"
+    name = _fitted(caption.name, width - 2 * GAP_PX - int(_font(15).getlength(truth)))
+    draw.text((GAP_PX, 8), name + truth, fill=MUTED, font=_font(15))
     text, colour = f"score {caption.score:.3g}", INK
     if caption.threshold is not None:
         anomalous = caption.score > caption.threshold
@@ -99,6 +135,15 @@ def _draw_caption(draw: ImageDraw.ImageDraw, caption: Caption) -> None:
         text += f"   threshold {caption.threshold:.3g}   {verdict}"
         colour = ALARM if anomalous else INK
     draw.text((GAP_PX, 29), text, fill=colour, font=_font(19))
+
+
+def _fitted(text: str, width: int) -> str:
+    """Return a text that is at most `width` px wide, its middle left out, without what no font can draw."""
+    printable = "".join(c if c.isprintable() else "?" for c in text)
+    fitted, kept = printable, len(printable) // 2
+    while kept and _font(15).getlength(fitted) > width:
+        fitted, kept = f"{printable[:kept]}...{printable[-kept:]}", kept - 1
+    return fitted
 
 
 def _truth_panel(image: np.ndarray, mask: np.ndarray) -> Image.Image:

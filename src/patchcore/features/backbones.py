@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import logging
 import pickle
+import re
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from http.client import HTTPException
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
 import timm
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 from torchvision import models as torchvision_models
 
@@ -26,6 +31,22 @@ LOGGER = logging.getLogger(__name__)
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+# What torch.load and safetensors raise for files that are damaged or were never weights.
+_UNREADABLE = (
+    OSError,
+    RuntimeError,
+    ValueError,
+    TypeError,
+    EOFError,
+    LookupError,
+    AttributeError,
+    AssertionError,
+    struct.error,
+    pickle.UnpicklingError,
+    SafetensorError,
+)
 
 
 @dataclass(frozen=True)
@@ -112,6 +133,12 @@ def backbone_entry(name: str) -> BackboneEntry:
         if not timm.is_model(model):
             known = timm.list_models()
             raise ConfigurationError(f"unknown timm model {model!r}: {near_matches(model, known)[:300]}")
+        architecture, _, tag = model.partition(".")
+        if tag and not timm.is_model_pretrained(model):
+            known = timm.list_pretrained(f"{architecture}.*")
+            raise ConfigurationError(
+                f"timm model {architecture!r} has no weights {tag!r}: {near_matches(model, known)[:300]}"
+            )
         return _timm(model)
     if name not in BACKBONES:
         raise ConfigurationError(f"unknown backbone {name!r}: {near_matches(name, BACKBONES)}")
@@ -163,8 +190,9 @@ def _fetched_module(name: str, entry: BackboneEntry) -> nn.Module:
     LOGGER.info("%s: looking for pretrained weights (downloaded once, then cached)", name)
     try:
         return entry.build(True)
-    # The hub clients raise OSError for every failure of the network, RuntimeError where timm knows no weights.
-    except (OSError, RuntimeError) as error:
+    # The hub clients raise OSError for failures of the network and HTTPException for an answer that breaks off;
+    # RuntimeError means that timm knows no weights; the others, that the cached file is damaged.
+    except (OSError, HTTPException, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
         cache = Path(torch.hub.get_dir()) / "checkpoints"
         raise ConfigurationError(
             f"pretrained weights of {name!r} could not be fetched ({' '.join(str(error).split())[:120]}): give a "
@@ -192,18 +220,18 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
     if not path.is_file():
         raise ConfigurationError(f"weights {str(path)!r}: no such file, expected pretrained, random or a path")
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
+        if path.suffix.lower() == ".safetensors":
             return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+    except _UNREADABLE as error:
         reason = " ".join(str(error).split())[:120]
         raise ConfigurationError(f"weights {str(path)!r} cannot be read as a state dict ({reason})") from error
     for key in ("state_dict", "model"):  # what training scripts commonly wrap the tensors in
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
-    if not isinstance(content, dict) or not all(isinstance(v, torch.Tensor) for v in content.values()):
+    if not isinstance(content, dict) or not all(
+        isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in content.items()
+    ):
         raise ConfigurationError(f"weights {str(path)!r}: expected a dictionary of tensors by name")
     return content
 
@@ -211,12 +239,16 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
 def load_state(module: nn.Module, state: dict[str, torch.Tensor], where: str) -> None:
     """Load tensors by name; a missing or extra classification head alone is accepted.
 
+    Files as published are accepted: those from before batch counters existed (which evaluation does not use), and
+    torchvision's DenseNets, whose names have a dot that Python attributes cannot have.
+
     Raises:
         ConfigurationError: Tensors are missing, unknown or of another shape; the message names the first.
     """
     own = module.state_dict()
+    state = {re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12])\.", r"\1\2.", k): v for k, v in state.items()}
     heads = ("fc.", "classifier.", "head.", "heads.")
-    missing = [k for k in own if k not in state and not k.startswith(heads)]
+    missing = [k for k in own if k not in state and not k.startswith(heads) and not k.endswith("num_batches_tracked")]
     unknown = [k for k in state if k not in own and not k.startswith(heads)]
     if missing or unknown:
         found, expected = (unknown or ["nothing else"])[0], (missing or ["nothing else"])[0]

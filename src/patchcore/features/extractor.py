@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,7 +30,8 @@ class FeatureExtractor(nn.Module):
         imagesize: Side of the images, px.
 
     Raises:
-        ConfigurationError: A layer is unknown, or its output is no feature map at this image size.
+        ConfigurationError: A layer is unknown, or the network does not run or gives no feature map there at this
+            image size.
     """
 
     mean: torch.Tensor
@@ -47,9 +49,15 @@ class FeatureExtractor(nn.Module):
         mean, std = own if normalization == "backbone" else (IMAGENET_MEAN, IMAGENET_STD)
         self.register_buffer("mean", 255 * torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(std).view(1, 3, 1, 1), persistent=False)
-        example = torch.zeros(1, 3, imagesize, imagesize)
-        with torch.no_grad():
-            steps = _needed_chain(backbone.module, example, self.layers)
+        with torch.inference_mode(False), torch.no_grad():  # versions of tensors are counted outside inference alone
+            example = torch.zeros(1, 3, imagesize, imagesize)
+            try:
+                steps = _needed_chain(backbone.module, example, self.layers)
+            except (RuntimeError, AssertionError) as error:
+                raise ConfigurationError(
+                    f"backbone {backbone.name!r} does not run on images of {imagesize} px "
+                    f"({' '.join(str(error).split())[:120]}): choose another --imagesize or backbone"
+                ) from error
         self._step_names = [name for name, _ in steps]
         self.steps = nn.ModuleList([module for _, module in steps]).to(memory_format=torch.channels_last)
         # A layer inside a step is read by a hook; thread-local, so that one extractor may serve several threads.
@@ -61,22 +69,28 @@ class FeatureExtractor(nn.Module):
 
     def _keep_inner(self, layer: str) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            self._inner.maps[layer] = output
+            maps = getattr(self._inner, "maps", None)
+            if maps is not None:  # else another extractor of the same backbone is running
+                # A copy, because the block around the layer may add to its output in place.
+                maps[layer] = output.clone() if isinstance(output, torch.Tensor) else output
 
         return hook
 
     def _shapes(self, example: torch.Tensor, backbone: Backbone) -> dict[str, tuple[int, int, int]]:
         """Return {layer: (C, H, W)} at the image size of the example."""
-        maps = self(example)
-        for layer, output in maps.items():
+        outputs = self._run(example)
+        for layer in self.layers:
+            output = outputs.get(layer)
             if not isinstance(output, torch.Tensor) or output.ndim != 4:
-                found = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+                found: object = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+                if layer not in outputs:
+                    found = "no output, because the network never calls it"
                 good = f", for example {' and '.join(backbone.good_layers)}" if backbone.good_layers else ""
                 raise ConfigurationError(
                     f"layer {layer!r} of {backbone.name!r} gives {found}, expected a feature map [B, C, H, W]: "
                     f"choose another layer{good}"
                 )
-        return {layer: (m.shape[1], m.shape[2], m.shape[3]) for layer, m in maps.items()}
+        return {layer: tuple(outputs[layer].shape[1:]) for layer in self.layers}
 
     @torch.no_grad()  # not inference_mode: a flow trained on these maps saves them for its backward pass
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -88,15 +102,22 @@ class FeatureExtractor(nn.Module):
         Returns:
             {layer: float32 [B, C, H, W]}, in the order of `layers`.
         """
+        outputs = self._run(images)
+        return {layer: outputs[layer] for layer in self.layers}
+
+    @torch.no_grad()
+    def _run(self, images: torch.Tensor) -> dict[str, Any]:
+        """Return the outputs of every step and inner layer by name."""
         x = images.to(self.mean.device, torch.float32, memory_format=torch.channels_last)
         x = (x - self.mean) / self.std
-        self._inner.maps = {}
-        outputs: dict[str, torch.Tensor] = {}
+        inner_maps: dict[str, Any] = {}
+        self._inner.maps = inner_maps
+        outputs: dict[str, Any] = {}
         for name, step in zip(self._step_names, self.steps, strict=True):
             x = step(x)
             outputs[name] = x
-        outputs.update(self._inner.maps)
-        return {layer: outputs[layer] for layer in self.layers}
+        self._inner.maps = None
+        return outputs | inner_maps
 
 
 def build_extractor(config: BackboneConfig, imagesize: int) -> FeatureExtractor:
@@ -109,50 +130,100 @@ def build_extractor(config: BackboneConfig, imagesize: int) -> FeatureExtractor:
     return FeatureExtractor(backbone, config.layers, config.normalization, imagesize)
 
 
+@dataclass(frozen=True)
+class _Call:
+    """One call of a child module.
+
+    Attributes:
+        name: Name of the child.
+        module: The child.
+        given: Its input; None where it had more than one, or another kind of input.
+        output: What it returned.
+        given_version: How often `given` had been changed in place before the call.
+        output_version: The same of `output` when it was returned.
+        kept: Whether the call left its input unchanged.
+    """
+
+    name: str
+    module: nn.Module
+    given: torch.Tensor | None
+    output: Any
+    given_version: int
+    output_version: int
+    kept: bool
+
+
 def _needed_chain(module: nn.Module, example: torch.Tensor, layers: Sequence[str]) -> list[tuple[str, nn.Module]]:
     """Return the modules to run one after another, named as seen from `module`, up to the last of `layers`.
 
-    A child belongs to the chain while its input is the very tensor that the child before gave. Outputs inside
-    the chain are those of the whole network, even if `module` goes on to do more with them (a skip connection).
+    A child belongs to the chain while its input is the very tensor that the child before gave, unchanged.
+    Outputs inside the chain are those of the whole network, even if `module` goes on to do more with them (a skip
+    connection). A layer that is called again behind the chain counts with its last call, as a hook on the whole
+    network would see it.
     """
-    chain: list[tuple[str, nn.Module, torch.Tensor]] = []
-    current = example
-    for name, child, first_input, output in _watch_children(module, example):
-        if first_input is not current:
-            break
-        chain.append((name, child, first_input))
-        current = output
-    holders = {layer: [i for i, (name, _, _) in enumerate(chain) if _holds(name, layer)] for layer in layers}
-    if not all(holders.values()):
+    calls = _watch_children(module, example)
+    chain = _leading_chain(calls, example)
+    holders = {layer: [i for i, call in enumerate(chain) if _holds(call.name, layer)] for layer in layers}
+    called_again = any(_holds(call.name, layer) for call in calls[len(chain) :] for layer in layers)
+    if called_again or not all(holders.values()):
         return [("", module)]  # no chain up to the last layer: run this module whole
     last = max(max(indices) for indices in holders.values())
-    steps = [(name, child) for name, child, _ in chain[:last]]
-    name, child, child_input = chain[last]
+    steps = [(call.name, call.module) for call in chain[:last]]
+    name, child, child_input = chain[last].name, chain[last].module, chain[last].given
     inner = [layer.removeprefix(f"{name}.") for layer in layers if layer.startswith(f"{name}.")]
-    if name in layers or not inner:
+    if name in layers or child_input is None:
         return [*steps, (name, child)]
     deeper = _needed_chain(child, child_input, inner)
     return steps + [(f"{name}.{n}" if n else name, m) for n, m in deeper]
+
+
+def _leading_chain(calls: Sequence[_Call], example: torch.Tensor) -> list[_Call]:
+    """Return the first calls, as far as each was given exactly what the one before returned."""
+    chain: list[_Call] = []
+    current, version = example, example._version
+    for call in calls:
+        if call.given is not current or call.given_version != version or not call.kept:
+            break
+        chain.append(call)
+        if not isinstance(call.output, torch.Tensor):
+            break
+        current, version = call.output, call.output_version
+    return chain
 
 
 def _holds(name: str, layer: str) -> bool:
     return layer == name or layer.startswith(f"{name}.")
 
 
-def _watch_children(module: nn.Module, example: torch.Tensor) -> list[tuple[str, nn.Module, Any, Any]]:
-    """Run a module and return (name, child, first input, output) of its children in the order of their calls."""
-    calls: list[tuple[str, nn.Module, Any, Any]] = []
+def _watch_children(module: nn.Module, example: torch.Tensor) -> list[_Call]:
+    """Run a module and return the calls of its children in their order."""
+    calls: list[_Call] = []
+    versions: list[int] = []
+
+    def before(child: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        versions.append(_version(inputs[0]) if inputs else 0)
 
     def watch(name: str) -> Any:
-        def hook(child: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            calls.append((name, child, inputs[0] if len(inputs) == 1 else None, output))
+        def after(child: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
+            alone = len(inputs) == 1 and not keywords and isinstance(inputs[0], torch.Tensor)
+            version = versions.pop()
+            kept = alone and _version(inputs[0]) == version
+            calls.append(_Call(name, child, inputs[0] if alone else None, output, version, _version(output), kept))
 
-        return hook
+        return after
 
-    handles = [child.register_forward_hook(watch(name)) for name, child in module.named_children()]
+    handles = []
+    for name, child in module.named_children():
+        handles.append(child.register_forward_pre_hook(before, with_kwargs=True))
+        handles.append(child.register_forward_hook(watch(name), with_kwargs=True))
     try:
         module(example)
     finally:
         for handle in handles:
             handle.remove()
     return calls
+
+
+def _version(value: Any) -> int:
+    """Return how often a tensor has been changed in place."""
+    return value._version if isinstance(value, torch.Tensor) else 0

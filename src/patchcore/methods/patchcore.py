@@ -29,7 +29,7 @@ from patchcore.detector import (
 from patchcore.errors import ConfigurationError, DataError
 from patchcore.features.extractor import FeatureExtractor, build_extractor
 from patchcore.features.patches import ConcatEmbedding, PooledEmbedding
-from patchcore.memory.nearest_neighbours import NearestNeighbourScorer, build_nearest_neighbours, import_faiss
+from patchcore.memory.nearest_neighbours import NearestNeighbourScorer, build_nearest_neighbours, require_one_faiss
 from patchcore.memory.sampler import Sampler, build_sampler
 from patchcore.runtime import derive_seed, progress
 from patchcore.scoring.anomaly_map import anomaly_maps, image_scores
@@ -129,7 +129,7 @@ class PatchCore(AnomalyDetector):
             ConfigurationError: Backbone, weights, layers or sampler are unknown or do not fit.
         """
         build_sampler(config.sampler.name, config.sampler.percentage)  # refuse a wrong name before the weights load
-        import_faiss()  # refuse two installations of faiss now, not after the features are extracted
+        require_one_faiss()  # now, not after the features are extracted
         embedder = PatchEmbedder(build_extractor(config.backbone, preprocessing.imagesize_px), config)
         return lambda source, device: cls(config, embedder.to(device), preprocessing, source, search)
 

@@ -10,6 +10,7 @@ import numpy as np
 
 THRESHOLD_STDS = 3.0
 NUM_FOLDS = 5
+NEGLIGIBLE_SPREAD = 1e-6  # of the threshold: a narrower scale would round neighbouring float32 scores to one value
 LEAVE_ONE_OUT_BELOW = 20  # images: fewer give folds too small to stand for the whole set
 
 
@@ -31,7 +32,7 @@ class ScoreScale:
         """Map raw scores strictly monotonically to (0, 1), the threshold to 0.5.
 
         A rational function instead of a sigmoid: it does not round to 1 for strong defects. The mean of the
-        normal images comes to lie at 0.25.
+        normal images comes to lie at 0.25, unless they all score alike.
 
         Args:
             scores: Any shape, raw.
@@ -40,10 +41,11 @@ class ScoreScale:
             float64, same shape.
         """
         width = self.threshold - self.mean
-        if width <= 0:  # all normal images score alike
+        if width <= NEGLIGIBLE_SPREAD * abs(self.threshold):  # all normal images score alike, but for rounding
             width = abs(self.threshold) or 1.0
         z = (np.asarray(scores, dtype=np.float64) - self.threshold) / width
-        return 0.5 * (1 + z / (1 + np.abs(z)))
+        tail = 0.5 / (1 + np.abs(z))  # 0.5 * (1 + z / (1 + |z|)) without its cancellation far below the threshold
+        return np.where(z < 0, tail, 1 - tail)
 
 
 @dataclass(frozen=True)

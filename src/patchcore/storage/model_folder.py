@@ -76,14 +76,17 @@ def read_model_header(folder: Path) -> ModelHeader:
         raise ConfigurationError(
             f"{str(folder)!r} is no model folder: {MODEL_FILE} is missing, expected what --save_patchcore_model wrote"
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigurationError(f"{str(path)!r} is damaged ({_one_line(error)}): train the model anew") from error
     version = mapping.get("format_version") if isinstance(mapping, dict) else None
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise ConfigurationError(
             f"{str(path)!r} has format {version}, this version of patchcore reads up to {FORMAT_VERSION}: update it"
         )
-    return config_from_dict(ModelHeader, mapping, str(path))
+    try:
+        return config_from_dict(ModelHeader, mapping, MODEL_FILE)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{str(path)!r} is damaged ({error}): train the model anew") from error
 
 
 def read_model_tensors(folder: Path) -> dict[str, torch.Tensor]:

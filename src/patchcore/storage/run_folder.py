@@ -10,6 +10,7 @@ import io
 import json
 import math
 import re
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -117,14 +118,20 @@ def free_file(parent: Path, stem: str, suffix: str) -> Path:
 
 
 def require_writable(folder: Path) -> None:
-    """Raise ConfigurationError unless files can be created in `folder`, which is made if need be."""
+    """Raise ConfigurationError unless `folder` exists or can be created, and can be written; leaves no trace."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".write_test"
-        write_bytes(probe, b"")
-        probe.unlink()
+        existing = next(p for p in (folder, *folder.parents) if p.exists())
+        Path(tempfile.mkdtemp(dir=existing, prefix=".write_test")).rmdir()
     except OSError as error:
         raise ConfigurationError(f"results path {str(folder)!r} cannot be written ({error.strerror})") from error
+
+
+def is_unused(folder: Path) -> bool:
+    """Return whether nothing of a run is there: no folder, or one without a visible file.
+
+    A run that is killed while it writes its first file leaves an empty folder or a hidden temporary file.
+    """
+    return not folder.exists() or (folder.is_dir() and all(p.name.startswith(".") for p in folder.iterdir()))
 
 
 def newest_folder(parent: Path, group: str) -> Path:
@@ -209,9 +216,23 @@ def load_class_result(folder: Path, row_name: str) -> ClassResult | None:
     if not path.exists():
         return None
     try:
-        return config_from_dict(ClassResult, json.loads(path.read_text(encoding="utf-8")), str(path))
+        result = config_from_dict(ClassResult, json.loads(path.read_text(encoding="utf-8")), path.name)
+        _require_columns(result)
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: damaged ({error}): remove it to have the class done anew") from error
+    return result
+
+
+def _require_columns(result: ClassResult) -> None:
+    """Raise ValueError unless a record has a number or None for every column of the tables."""
+    tables = [(METRIC_COLUMNS, result.metrics), (TIMING_COLUMNS, result.timings)]
+    tables += [(DEFECT_COLUMNS, row) for row in result.by_defect]
+    for columns, values in tables:
+        for column in columns:
+            if column not in values:
+                raise ValueError(f"column {column!r} is missing")
+            if column != "defect_type" and not isinstance(values[column], (int, float, type(None))):
+                raise ValueError(f"column {column!r} is {values[column]!r}, expected a number")
 
 
 def format_number(value: Cell) -> str:
@@ -288,18 +309,16 @@ def write_image_scores(path: Path, rows: Sequence[Sequence[Cell]]) -> None:
             or None) per image.
     """
     header = ("path", "defect_type", "label", "score", "normalized_score", "decision")
-    write_csv(
-        path,
-        header,
-        [["" if c is None else f"{c:.9g}" if isinstance(c, float) else str(c) for c in row] for row in rows],
-    )
+    # All digits: rounding would tie scores that differ, and move them across the threshold.
+    write_csv(path, header, [["" if c is None else str(c) for c in row] for row in rows])
 
 
 def write_anomaly_maps(path: Path, maps: np.ndarray, masks: np.ndarray | None, image_paths: Sequence[str]) -> None:
     """Write raw anomaly maps as `.npz`: `maps` float32 [N, S, S], `masks` uint8 [N, S, S] if any, `paths` [N]."""
     buffer = io.BytesIO()
-    arrays = {"maps": maps, "paths": np.array([p.encode("utf-8", "surrogateescape") for p in image_paths])}
-    if masks is not None:
-        arrays["masks"] = masks
-    np.savez(buffer, allow_pickle=False, **arrays)
+    names = np.array([p.encode("utf-8", "surrogateescape") for p in image_paths])
+    if masks is None:
+        np.savez(buffer, maps=maps, paths=names)
+    else:
+        np.savez(buffer, maps=maps, masks=masks, paths=names)
     write_bytes(path, buffer.getvalue())

@@ -1,0 +1,280 @@
+"""Model folders: what is written comes back, damage is refused before any work, nothing is unpickled."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import shutil
+import struct
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import IMAGE_PX, write_category
+from in_process import Finished, invoke
+from safetensors.torch import load_file, save_file
+
+from patchcore.cli import load_and_evaluate_patchcore
+from patchcore.configs import (
+    BackboneConfig,
+    PatchCoreConfig,
+    PreprocessingConfig,
+    SamplerConfig,
+    SearchConfig,
+    TrainingSource,
+)
+from patchcore.datasets.inspection import DatasetSplit, ImageLoader, InspectionDataset
+from patchcore.detector import AnomalyDetector, load_detector
+from patchcore.errors import ConfigurationError
+from patchcore.memory.nearest_neighbours import FaissNN, TorchNN
+from patchcore.methods.patchcore import PatchCore
+from patchcore.scoring.calibration import Calibration
+
+CPU = torch.device("cpu")
+PREPROCESSING = PreprocessingConfig(IMAGE_PX, IMAGE_PX)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("models") / "data"
+    write_category(root, "plate")
+    return root
+
+
+@pytest.fixture(scope="module")
+def images(data: Path) -> torch.Tensor:
+    """The test images, uint8 [6, 3, S, S]."""
+    test = InspectionDataset(data, "plate", DatasetSplit.TEST, PREPROCESSING)
+    return torch.stack([test[i]["image"] for i in range(len(test))])
+
+
+@pytest.fixture(scope="module")
+def trained(data: Path) -> PatchCore:
+    backbone = BackboneConfig("resnet18", ("layer1", "layer2"), weights="random")
+    config = PatchCoreConfig(backbone, SamplerConfig("random", 0.3), num_nn=2)
+    search = SearchConfig(faiss_num_workers=1)  # with faiss where it is installed
+    model = PatchCore.prepare(config, PREPROCESSING, search)(TrainingSource("mpdd", "plate", 4), CPU)
+    model.fit(ImageLoader(InspectionDataset(data, "plate", preprocessing=PREPROCESSING), 2))
+    model.calibration_ = model.out_of_fold_calibration()
+    return model
+
+
+@pytest.fixture(scope="module")
+def original(trained: PatchCore, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved") / "mpdd_plate"
+    trained.save(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(original: Path, tmp_path: Path) -> Path:
+    """A copy of the model folder that a test may damage."""
+    return shutil.copytree(original, tmp_path / "copy")
+
+
+def assert_same(detector: AnomalyDetector, trained: PatchCore, images: torch.Tensor, tolerance: float = 0) -> None:
+    found, expected = detector.predict(images), trained.predict(images)
+    assert found.maps is not None and expected.maps is not None
+    np.testing.assert_allclose(found.scores, expected.scores, rtol=tolerance)
+    np.testing.assert_allclose(found.maps, expected.maps, rtol=tolerance)
+
+
+def test_everything_comes_back(original: Path, trained: PatchCore, images: torch.Tensor) -> None:
+    loaded = load_detector(original, CPU, SearchConfig(faiss_num_workers=1))
+    assert isinstance(loaded, PatchCore)
+    assert (loaded.config, loaded.source, loaded.preprocessing) == (
+        trained.config,
+        trained.source,
+        trained.preprocessing,
+    )
+    assert isinstance(loaded.calibration_, Calibration) and loaded.calibration_ == trained.calibration_
+    assert_same(loaded, trained, images)
+    assert sorted(p.name for p in original.iterdir()) == ["model.json", "search_index.safetensors"]
+
+
+def test_saving_what_was_loaded_gives_the_same_bytes(original: Path, tmp_path: Path) -> None:
+    load_detector(original, CPU).save(tmp_path / "again")
+    for path in original.iterdir():
+        assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_saving_replaces_an_older_model(folder: Path, trained: PatchCore) -> None:
+    (folder / "leftover").touch()
+    trained.save(folder)
+    assert sorted(p.name for p in folder.iterdir()) == ["model.json", "search_index.safetensors"]
+
+
+def test_nothing_is_unpickled(original: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **options: Any) -> Any:
+        raise AssertionError("a pickle was opened")
+
+    for module, name in ((pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"), (torch, "load")):
+        monkeypatch.setattr(module, name, refuse)
+    load_detector(original, CPU)
+
+
+def test_a_model_trained_with_faiss_is_scored_without(
+    original: Path, trained: PatchCore, images: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("faiss")
+    assert trained._scorer is not None and isinstance(trained._scorer.nearest_neighbours, FaissNN)
+    monkeypatch.setitem(sys.modules, "faiss", None)  # importing it fails from here on
+    for search in (None, SearchConfig(faiss_num_workers=1)):
+        loaded = load_detector(original, CPU, search)
+        assert isinstance(loaded, PatchCore) and loaded._scorer is not None
+        assert isinstance(loaded._scorer.nearest_neighbours, TorchNN)
+        assert_same(loaded, trained, images, tolerance=1e-4)
+
+
+def test_a_model_without_calibration(trained: PatchCore, tmp_path: Path) -> None:
+    calibration, trained.calibration_ = trained.calibration_, None
+    try:
+        trained.save(tmp_path / "model")
+    finally:
+        trained.calibration_ = calibration
+    assert load_detector(tmp_path / "model", CPU).calibration_ is None
+
+
+# ---------------------------------------------------------------- damage
+
+
+def edit(*path: str | int, value: object) -> Callable[[Path], None]:
+    """Return what sets one value of model.json, or removes it where `value` is Ellipsis."""
+
+    def apply(folder: Path) -> None:
+        content = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+        place = content
+        for part in path[:-1]:
+            place = place[part]
+        if value is ...:
+            del place[path[-1]]
+        else:
+            place[path[-1]] = value
+        (folder / "model.json").write_text(json.dumps(content), encoding="utf-8")
+
+    return apply
+
+
+def write(name: str, content: bytes) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_bytes(content) and None
+
+
+def cut(name: str, share: float) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[: int(len(content) * share)])
+
+    return apply
+
+
+def tensors(change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        path = folder / "search_index.safetensors"
+        content = change({name: t.clone() for name, t in load_file(path).items()})
+        save_file(content, path)
+
+    return apply
+
+
+def pickled_bank() -> bytes:
+    buffer = io.BytesIO()
+    torch.save({"memory_bank": torch.zeros(3, 1024)}, buffer)
+    return buffer.getvalue()
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
+    "no model.json": (lambda f: (f / "model.json").unlink(), "model.json is missing"),
+    "no tensors": (lambda f: (f / "search_index.safetensors").unlink(), "search_index.safetensors is missing"),
+    "empty model.json": (write("model.json", b""), "damaged"),
+    "half of model.json": (cut("model.json", 0.5), "damaged"),
+    "no text": (write("model.json", b"\xff\xfe\x00"), "damaged"),
+    "list": (write("model.json", b"[]"), "expected an object"),
+    "deep nesting": (write("model.json", b"[" * 200_000), "damaged"),
+    "newer format": (edit("format_version", value=99), "update it"),
+    "version as text": (edit("format_version", value="1"), "format_version"),
+    "unknown method": (edit("method", value="patchcor"), "of method 'patchcor'"),
+    "method as number": (edit("method", value=3), "expected str"),
+    "unknown name": (edit("config", "patchsise", value=3), "did you mean patchsize"),
+    "missing name": (edit("config", "backbone", "name", value=...), "'name' is missing"),
+    "missing source": (edit("source", value=...), "'source' is missing"),
+    "text for a number": (edit("config", "num_nn", value="5"), "expected int"),
+    "true for a number": (edit("config", "num_nn", value=True), "expected int"),
+    "number for a list": (edit("config", "backbone", "layers", value=2), "expected a list"),
+    "no object": (edit("config", value=[]), "config"),
+    "null": (edit("preprocessing", value=None), "expected an object"),
+    "impossible crop": (edit("preprocessing", "imagesize_px", value=500), "model.json"),
+    "even patchsize": (edit("config", "patchsize", value=4), "odd"),
+    "text for a threshold": (edit("calibration", "image", "threshold", value="high"), "expected float"),
+    "unknown backbone": (edit("config", "backbone", "name", value="resnet19"), "did you mean resnet18"),
+    "unknown layer": (edit("config", "backbone", "layers", value=["layer9"]), "no layer 'layer9'"),
+    "unknown sampler": (edit("config", "sampler", "name", value="randon"), "random"),
+    "another dimension": (edit("config", "target_embed_dimension", value=99), "belong to different models"),
+    "more neighbours": (edit("config", "num_nn", value=10_000), "10000"),
+    "empty tensors": (write("search_index.safetensors", b""), "damaged"),
+    "half of the tensors": (cut("search_index.safetensors", 0.5), "damaged"),
+    "all but a byte": (cut("search_index.safetensors", 0.999999), "damaged"),
+    "pickle": (write("search_index.safetensors", pickled_bank()), "damaged"),
+    "huge header": (write("search_index.safetensors", struct.pack("<Q", 2**62) + b"{}"), "damaged"),
+    "no bank": (tensors(lambda t: {"bank": t["memory_bank"]}), "'memory_bank'"),
+    "flat bank": (tensors(lambda t: {"memory_bank": t["memory_bank"].flatten()}), "rank 1"),
+    "double bank": (tensors(lambda t: {"memory_bank": t["memory_bank"].double()}), "float64"),
+    "narrow bank": (tensors(lambda t: {"memory_bank": t["memory_bank"][:, :9].clone()}), "9 columns"),
+    "empty bank": (tensors(lambda t: {"memory_bank": t["memory_bank"][:0]}), "0 patch(es)"),
+    "nan": (tensors(lambda t: {"memory_bank": t["memory_bank"] * np.nan}), "NaN"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_a_damaged_model_is_one_line_before_any_work(case: str, folder: Path, data: Path, tmp_path: Path) -> None:
+    damage, words = DAMAGE[case]
+    damage(folder)
+    done = evaluate(tmp_path / "save", [folder], data)
+    assert done.code == 2 and len(done.error_lines) == 1, done.err
+    assert words in done.err and str(folder) in done.err
+    assert not (tmp_path / "save").exists()
+    with pytest.raises(ConfigurationError, match=r"[^\n]+"):
+        load_detector(folder, CPU)
+
+
+def evaluate(out: Path, models: list[Path], data: Path, *categories: str) -> Finished:
+    paths = [part for model in models for part in ("-p", model)]
+    chosen = [part for category in categories for part in ("-d", category)]
+    return invoke(
+        load_and_evaluate_patchcore, out, "--threads", 1, "patch_core_loader", *paths, "dataset", "mpdd", data, *chosen,
+        "--num_workers", 0,
+    )  # fmt: skip
+
+
+def test_a_path_that_is_no_model(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path, words in (
+        (tmp_path / "nowhere", "not found"),
+        (tmp_path / "file", "not found"),
+        (tmp_path, "no model folder"),
+    ):
+        done = evaluate(tmp_path / "save", [path], data)
+        assert done.code == 2 and len(done.error_lines) == 1 and words in done.err
+
+
+def test_models_without_a_class_are_matched_by_order(folder: Path, data: Path, tmp_path: Path) -> None:
+    edit("source", "category", value="")(folder)
+    done = evaluate(tmp_path / "save", [folder], data)
+    assert done.code == 2 and "stores no class" in done.err
+    assert evaluate(tmp_path / "save", [folder], data, "plate").code == 0
+
+
+def test_two_models_of_one_class_or_of_two_sizes(folder: Path, original: Path, data: Path, tmp_path: Path) -> None:
+    done = evaluate(tmp_path / "save", [folder, original], data)
+    assert done.code == 2 and "both of 'plate'" in done.err
+    edit("source", "category", value="rod")(folder)
+    edit("preprocessing", "resize_px", value=80)(folder)
+    done = evaluate(tmp_path / "save", [folder, original], data)
+    assert done.code == 2 and "different resize or crop" in done.err
+    edit("preprocessing", "resize_px", value=IMAGE_PX)(folder)
+    done = evaluate(tmp_path / "save", [folder, original], data)
+    assert done.code == 2 and "class 'rod' not found" in done.err and "found plate" in done.err

@@ -1,0 +1,263 @@
+"""Tests of seeds, devices, progress and logging."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import logging
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from patchcore import runtime
+from patchcore.errors import ConfigurationError
+from patchcore.runtime import derive_seed, log_to_console, log_to_file, progress, resolve_device, set_threads
+
+LOGGER = logging.getLogger("patchcore.a_module")
+
+
+@pytest.fixture
+def toolkit_logger() -> Iterator[logging.Logger]:
+    """The toolkit's logger as a fresh process has it, put back afterwards."""
+    logger = logging.getLogger("patchcore")
+    before = (logger.handlers[:], logger.level, logger.propagate)
+    logger.handlers[:], logger.propagate = [], True
+    yield logger
+    logger.handlers[:], logger.propagate = before[0], before[2]
+    logger.setLevel(before[1])
+
+
+@pytest.fixture
+def warnings_logged(toolkit_logger: logging.Logger) -> list[str]:
+    """The messages of warnings, as they come."""
+    messages: list[str] = []
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            messages.append(record.getMessage())
+
+    toolkit_logger.addHandler(Keep(logging.WARNING))
+    return messages
+
+
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+
+
+def test_derived_seeds_are_different_for_every_part() -> None:
+    parts = itertools.product(range(20), ("metal_plate", "tubes"), ("coreset", "folds"), range(5))
+    seeds = [derive_seed(*part) for part in parts]
+    assert len(set(seeds)) == len(seeds)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_derived_seeds_tell_where_one_name_ends() -> None:
+    assert derive_seed(0, "ab", "c") != derive_seed(0, "a", "bc")
+    assert derive_seed(0, "a", "b") != derive_seed(0, "b", "a")
+    assert derive_seed(1, "2") != derive_seed(12)
+    assert derive_seed(0) != derive_seed(0, "")
+
+
+def test_derived_seeds_are_the_same_in_every_process() -> None:
+    expected = derive_seed(7, "bracket_black", 3)
+    code = "from patchcore.runtime import derive_seed; print(derive_seed(7, 'bracket_black', 3))"
+    environment = {"PYTHONPATH": str(Path(runtime.__file__).parents[1]), "PYTHONHASHSEED": "5"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert int(done.stdout) == expected
+
+
+def test_derived_seeds_use_all_their_bits() -> None:
+    seeds = [derive_seed(0, i) for i in range(2000)]
+    for bit in range(63):
+        ones = sum(seed >> bit & 1 for seed in seeds)
+        assert 850 < ones < 1150  # 1000 expected, standard deviation 22
+
+
+def test_derived_seeds_take_any_file_name_and_fit_torch() -> None:
+    undecodable = b"cl\xe4ss".decode("utf-8", "surrogateescape")
+    torch.Generator().manual_seed(derive_seed(2**70, undecodable, "クラス"))
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_auto_without_gpu_is_the_cpu_and_one_warning(warnings_logged: list[str]) -> None:
+    assert resolve_device("auto") == torch.device("cpu")
+    assert len(warnings_logged) == 1
+    assert "no CUDA device" in warnings_logged[0]
+    assert "\n" not in warnings_logged[0]
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_cpu_by_name_does_not_warn(warnings_logged: list[str]) -> None:
+    assert resolve_device("cpu", (3,)) == torch.device("cpu")
+    assert warnings_logged == []
+
+
+@pytest.mark.usefixtures("no_gpu")
+@pytest.mark.parametrize("device", ["cuda", "cuda:0", "cuda:1"])
+def test_gpu_by_name_must_be_there(device: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"GPU \d was asked for, 0 CUDA device\(s\) found: use --device cpu"):
+        resolve_device(device)
+
+
+@pytest.mark.usefixtures("two_gpus")
+@pytest.mark.parametrize(
+    ("device", "gpus", "index"),
+    [
+        ("auto", (0,), 0),
+        ("auto", (1, 0), 1),  # the first one named is used
+        ("auto", (), 0),
+        ("cuda", (1,), 1),
+        ("cuda:1", (0,), 1),
+        ("cuda:0", (1,), 0),
+    ],
+)
+def test_which_gpu(warnings_logged: list[str], device: str, gpus: tuple[int, ...], index: int) -> None:
+    assert resolve_device(device, gpus) == torch.device("cuda", index)
+    assert warnings_logged == []
+
+
+@pytest.mark.usefixtures("two_gpus")
+@pytest.mark.parametrize(("device", "gpus"), [("auto", (2,)), ("auto", (-1,)), ("cuda", (5, 0)), ("cuda:2", (0,))])
+def test_a_gpu_number_that_is_not_there(device: str, gpus: tuple[int, ...]) -> None:
+    with pytest.raises(ConfigurationError, match=r"2 CUDA device\(s\) found"):
+        resolve_device(device, gpus)
+
+
+@pytest.mark.parametrize("device", ["", "gpu", "CPU", "cuda:", "cuda:x", "cuda:-1", "cuda:²", "cuda:0:1"])
+def test_odd_device_names(device: str) -> None:
+    with pytest.raises(ConfigurationError, match="--device"):
+        resolve_device(device)
+
+
+def test_mps_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(ConfigurationError, match="no Metal device: use --device cpu"):
+        resolve_device("mps")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert resolve_device("mps") == torch.device("mps")
+
+
+def test_set_threads() -> None:
+    before = torch.get_num_threads()
+    try:
+        set_threads(1)
+        assert torch.get_num_threads() == 1
+        set_threads(None)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
+class Clock:
+    """A time that only passes where a test says so."""
+
+    def __init__(self) -> None:
+        self.seconds = 1000.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("tqdm.std.time", clock)
+    return clock
+
+
+def test_progress_is_silent_for_short_loops(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    assert list(progress(range(100), "short")) == list(range(100))
+    with progress(None, "by hand", total=3) as bar:
+        for _ in range(3):
+            clock.seconds += 0.2
+            bar.update()
+    assert stream.getvalue() == ""
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_shows_long_loops_with_time_left(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch, terminal: bool
+) -> None:
+    stream = io.StringIO()
+    stream.isatty = lambda: terminal  # type: ignore[method-assign]
+    monkeypatch.setattr(sys, "stderr", stream)
+    for _ in progress(range(20), "a long loop"):
+        clock.seconds += 1.0
+    shown = stream.getvalue()
+    assert "a long loop" in shown
+    assert "<00:10" in shown  # time left in the middle
+    redrawn = shown.count("a long loop")
+    assert redrawn >= 15 if terminal else redrawn <= 6
+
+
+def test_console_shows_one_line_while_the_file_has_the_traceback(
+    toolkit_logger: logging.Logger, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    log_to_console()
+    log_to_console()  # a second command in the same process adds no second line
+    path = tmp_path / "run.log"
+    with log_to_file(path):
+        LOGGER.info("started")
+        LOGGER.debug("a detail")
+        LOGGER.warning("look out")
+        try:
+            raise ValueError("the cause")
+        except ValueError:
+            LOGGER.exception("tubes failed")
+    LOGGER.info("after the run")
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.splitlines() == ["started", "warning: look out", "error: tubes failed", "after the run"]
+    log = path.read_text(encoding="utf-8")
+    assert "ValueError: the cause" in log
+    assert "Traceback" in log
+    assert "INFO started" in log
+    assert "WARNING look out" in log
+    assert "after the run" not in log
+    assert "a detail" not in log
+
+
+def test_log_to_file_lets_go_of_its_file_after_an_error(toolkit_logger: logging.Logger, tmp_path: Path) -> None:
+    handlers = toolkit_logger.handlers[:]
+    with pytest.raises(KeyError), log_to_file(tmp_path / "run.log"):
+        raise KeyError("broken")
+    assert toolkit_logger.handlers == handlers
+
+
+def test_log_takes_file_names_that_are_not_utf8(
+    toolkit_logger: logging.Logger, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(shown, "utf-8", "backslashreplace", write_through=True))
+    log_to_console()
+    name = b"cl\xe4ss.png"
+    with log_to_file(tmp_path / "run.log"):
+        LOGGER.info("reading %s", name.decode("utf-8", "surrogateescape"))
+    assert name in (tmp_path / "run.log").read_bytes()
+    assert shown.getvalue() == b"reading cl\\udce4ss.png\n"
+
+
+def test_peak_memory_sees_a_large_array() -> None:
+    runtime.reset_peak_memory()
+    before = runtime.peak_memory_megabytes()
+    block = torch.ones(64 * 2**20 // 4)  # 64 MiB, written to
+    assert runtime.peak_memory_megabytes() > 0
+    if sys.platform == "linux":
+        assert runtime.peak_memory_megabytes() >= before + 50
+    del block
+
+
+def test_available_cpus() -> None:
+    assert runtime.available_cpus() >= 1
