@@ -14,6 +14,7 @@ from conftest import IMAGE_PX, write_category, write_mask, write_texture
 from PIL import Image
 
 from patchcore.configs import RESIZE_MODES, DatasetConfig, PreprocessingConfig
+from patchcore.datasets import inspection
 from patchcore.datasets.images import IGNORED
 from patchcore.datasets.inspection import (
     DatasetSplit,
@@ -444,12 +445,13 @@ def test_data_path_is_a_class(plate: Path) -> None:
     assert "-d" in message
 
 
-def test_data_path_that_cannot_be_read(tmp_path: Path) -> None:
+def test_data_path_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def locked(root: Path) -> list[str]:
         raise PermissionError(13, "Permission denied", str(root))
 
+    monkeypatch.setattr(inspection, "found_categories", locked)
     with pytest.raises(ConfigurationError, match="Permission denied") as caught:
-        resolve_categories(DatasetConfig("folder", str(tmp_path)), (), locked)
+        resolve_categories(DatasetConfig("folder", str(tmp_path)), ())
     assert_one_line(caught.value, tmp_path)
 
 
@@ -563,3 +565,11 @@ def test_real_classes_are_complete(real_data: Path) -> None:
         assert (len(train), len(test) - len(anomalous), len(anomalous)) == expected
         assert test.has_masks
         assert all(test.full_mask(i).any() for i in anomalous)
+
+
+def test_stored_models_are_evaluated_without_training_images(tmp_path: Path) -> None:
+    shutil.rmtree(write_category(tmp_path, "plate") / "train")
+    config = DatasetConfig("folder", str(tmp_path))
+    assert resolve_categories(config, (), needs_training=False) == ["plate"]
+    with pytest.raises(ConfigurationError, match="no training images"):
+        resolve_categories(config, ())

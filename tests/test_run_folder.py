@@ -31,7 +31,6 @@ from patchcore.storage.run_folder import (
     group_without_seed,
     is_unused,
     load_class_result,
-    newest_folder,
     require_writable,
     save_class_result,
     seed_group,
@@ -50,16 +49,6 @@ def test_a_taken_name_gets_the_next_number(tmp_path: Path) -> None:
     (parent / "file").touch()
     assert claim_folder(parent, "file").name == "file_0"
     assert [free_file(parent, "t", ".csv").name, free_file(parent, "file", "").name] == ["t.csv", "file_1"]
-
-
-def test_newest_folder_goes_by_number_not_by_text(tmp_path: Path) -> None:
-    for name in ("g", "g_0", "g_2", "g_10", "g_x", "g_S11", "gg_99"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "g_12").touch()
-    assert newest_folder(tmp_path, "g").name == "g_10"
-    assert newest_folder(tmp_path, "g_x").name == "g_x"
-    with pytest.raises(ConfigurationError, match="no run folder of group 'h'"):
-        newest_folder(tmp_path, "h")
 
 
 @pytest.mark.parametrize(
@@ -146,14 +135,14 @@ def test_numbers_have_six_decimals_and_undefined_ones_are_blank() -> None:
 
 
 def test_tables_with_blank_cells_and_failures(tmp_path: Path) -> None:
-    write_tables(tmp_path, [result("a", 0.5), result("b", None)], {"c": "no mask"})
+    write_tables(tmp_path, {"a": result("a", 0.5), "c": "no mask", "b": result("b", None)})
     rows = read_rows(tmp_path / "results.csv")
-    assert [r["Row Names"] for r in rows] == ["a", "b", "c", "Mean"]
-    assert [r["f1"] for r in rows] == ["0.500000", "", "", "0.500000"]
+    assert [r["Row Names"] for r in rows] == ["a", "c", "b", "Mean"]
+    assert [r["f1"] for r in rows] == ["0.500000", "", "", "0.500000"]  # c failed, b is undefined
     assert read_rows(tmp_path / "failures.csv") == [{"Row Names": "c", "reason": "no mask"}]
     assert [r["defect_type"] for r in read_rows(tmp_path / "results_by_defect.csv")] == ["hole", "hole"]
     assert [r["Row Names"] for r in read_rows(tmp_path / "timings.csv")] == ["a", "b"]
-    write_tables(tmp_path, [result("a", 0.5)], {})
+    write_tables(tmp_path, {"a": result("a", 0.5)})
     assert not (tmp_path / "failures.csv").exists()
 
 

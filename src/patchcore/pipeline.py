@@ -164,23 +164,24 @@ def _process_classes(
     Returns:
         Results of the finished classes, and the reason for each failed one by row name.
     """
-    results: list[ClassResult] = []
-    failures: dict[str, str] = {}
+    outcomes: dict[str, ClassResult | str] = {}
     for category in task.dataset.categories:
         row_name = task.row_name(category)
         try:
             done = run_folder.load_class_result(task.folder, row_name) if skip_existing else None
             if done is not None:
                 LOGGER.info("%s: finished before, skipped", category)
-            results.append(done or process(category))
+            outcomes[row_name] = done or process(category)
         except DataError as error:
-            failures[row_name] = str(error)
+            outcomes[row_name] = str(error)
             LOGGER.error("%s failed: %s", category, error)
         except Exception as error:  # a defect met in one class must not lose the others
-            failures[row_name] = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            LOGGER.exception("%s failed: %s (traceback in %s)", category, failures[row_name], task.folder / "run.log")
-        run_folder.write_tables(task.folder, results, failures)
-    return results, failures
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            outcomes[row_name] = reason
+            LOGGER.exception("%s failed: %s (traceback in %s)", category, reason, task.folder / "run.log")
+        run_folder.write_tables(task.folder, outcomes)
+    results = [outcome for outcome in outcomes.values() if isinstance(outcome, ClassResult)]
+    return results, {name: outcome for name, outcome in outcomes.items() if isinstance(outcome, str)}
 
 
 def _announce_results(
@@ -262,7 +263,7 @@ def load_and_evaluate(
     preprocessing = _shared_preprocessing(headers)
     paths = _match_models(headers, dataset.categories)
     dataset = replace(dataset, categories=tuple(paths), preprocessing=preprocessing)
-    resolve_categories(dataset, dataset_class(dataset.name).categories)
+    resolve_categories(dataset, dataset_class(dataset.name).categories, needs_training=False)
     target = Path(save_folder)
     if target.name in ("", ".."):
         raise ConfigurationError(f"SAVE_FOLDER is {save_folder!r}, expected the path of a folder to create")

@@ -12,7 +12,7 @@ import enum
 import functools
 import logging
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -92,8 +92,8 @@ def _subfolders(folder: Path) -> list[Path]:
 
 
 def found_categories(root: Path) -> list[str]:
-    """Return the names of the folders below `root` that look like a class (they hold a folder `train`)."""
-    return [p.name for p in _subfolders(root) if (p / "train").is_dir()]
+    """Return the names of the folders below `root` that look like a class (they hold `train` or `test`)."""
+    return [p.name for p in _subfolders(root) if (p / "train").is_dir() or (p / "test").is_dir()]
 
 
 def list_train(root: Path, category: str) -> list[ImageRecord]:
@@ -381,15 +381,13 @@ def _collate(items: list[Any]) -> Any:
     return torch.utils.data.default_collate(items)
 
 
-def resolve_categories(
-    config: DatasetConfig, published: Sequence[str], found_by: Callable[[Path], list[str]] = found_categories
-) -> list[str]:
+def resolve_categories(config: DatasetConfig, published: Sequence[str], needs_training: bool = True) -> list[str]:
     """Check the data path and return the classes to process.
 
     Args:
         config: Data set, path and the classes that were typed.
         published: Order of the known classes of this data set; others follow by name.
-        found_by: Lists the classes of a folder.
+        needs_training: Whether training images must be there; stored models are evaluated without.
 
     Raises:
         ConfigurationError: The path, a class, training images or test images are missing.
@@ -399,14 +397,14 @@ def resolve_categories(
         if not root.is_dir():
             what = "is a file" if root.exists() else "does not exist"
             raise ConfigurationError(f"data path {config.path!r} {what}: expected the folder that holds the classes")
-        found = found_by(root)
+        found = found_categories(root)
         if not found:
             raise ConfigurationError(_no_class(config.path))
         order = {name: i for i, name in enumerate(published)}
         wanted = config.categories or tuple(sorted(found, key=lambda c: (order.get(c, len(order)), c)))
         for category in wanted:
             _require_category(root, category, found)
-            _require_images(root, category)
+            _require_images(root, category, needs_training)
     except OSError as error:
         raise ConfigurationError(
             f"{error.filename!r} cannot be read ({error.strerror}): mend its permissions"
@@ -428,13 +426,13 @@ def _require_category(root: Path, category: str, found: Sequence[str]) -> None:
         raise ConfigurationError(f"class {category!r} not found in {str(root)!r}: found {', '.join(found)}{hint}")
 
 
-def _require_images(root: Path, category: str) -> None:
-    """Raise ConfigurationError unless the class has training and test images."""
+def _require_images(root: Path, category: str, needs_training: bool) -> None:
+    """Raise ConfigurationError unless the class has test images and, where they are needed, training images."""
     train, test = root / category / "train", root / category / "test"
     for folder in _subfolders(train) + _subfolders(test):
         if folder.name != GOOD and folder.name.lower() == GOOD:  # it would count as a defect type
             raise ConfigurationError(f"{str(folder)!r} holds normal images, expected the name {GOOD!r}: rename it")
-    if not _has_image(train / GOOD):
+    if needs_training and not _has_image(train / GOOD):
         expected = ", ".join(IMAGE_SUFFIXES)
         raise ConfigurationError(f"no training images in {str(train / GOOD)!r}: expected {expected} files")
     if not any(_has_image(p) for p in _subfolders(test)):

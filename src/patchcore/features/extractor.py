@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from patchcore.configs import BackboneConfig, near_matches
 from patchcore.errors import ConfigurationError
-from patchcore.features.backbones import IMAGENET_MEAN, IMAGENET_STD, Backbone, load_backbone
+from patchcore.features.backbones import IMAGENET_MEAN, IMAGENET_STD, Backbone, backbone_entry, load_backbone
 
 
 class FeatureExtractor(nn.Module):
@@ -40,10 +40,7 @@ class FeatureExtractor(nn.Module):
     def __init__(self, backbone: Backbone, layers: Sequence[str], normalization: str, imagesize: int) -> None:
         super().__init__()
         named = dict(backbone.module.named_modules())
-        for layer in layers:
-            if layer not in named or not layer:
-                near = near_matches(layer, [n for n in named if n.count(".") <= max(1, layer.count("."))])
-                raise ConfigurationError(f"backbone {backbone.name!r} has no layer {layer!r}: {near[:300]}")
+        _require_layers(backbone.name, named, layers)
         self.layers = tuple(layers)
         own = (backbone.mean, backbone.std)
         mean, std = own if normalization == "backbone" else (IMAGENET_MEAN, IMAGENET_STD)
@@ -120,12 +117,24 @@ class FeatureExtractor(nn.Module):
         return outputs | inner_maps
 
 
+def _require_layers(backbone: str, known: Iterable[str], layers: Sequence[str]) -> None:
+    """Raise ConfigurationError with near matches unless every layer is a module of the backbone."""
+    names = [name for name in known if name]  # the network itself has the empty name
+    for layer in layers:
+        if layer not in names:
+            near = near_matches(layer, [n for n in names if n.count(".") <= max(1, layer.count("."))])
+            raise ConfigurationError(f"backbone {backbone!r} has no layer {layer!r}: {near[:300]}")
+
+
 def build_extractor(config: BackboneConfig, imagesize: int) -> FeatureExtractor:
     """Load a backbone with its weights and cut it down to the layers of the configuration.
 
     Raises:
         ConfigurationError: Backbone, weights or layers are unknown or do not fit.
     """
+    with torch.device("meta"):  # only for its names: a mistyped layer must not cost a download
+        outline = backbone_entry(config.name).build(False)
+    _require_layers(config.name, [name for name, _ in outline.named_modules()], config.layers)
     backbone = load_backbone(config.name, config.weights, config.seed)
     return FeatureExtractor(backbone, config.layers, config.normalization, imagesize)
 

@@ -134,23 +134,6 @@ def is_unused(folder: Path) -> bool:
     return not folder.exists() or (folder.is_dir() and all(p.name.startswith(".") for p in folder.iterdir()))
 
 
-def newest_folder(parent: Path, group: str) -> Path:
-    """Return the most recent run folder of a group: `group`, `group_0`, `group_1`, ...
-
-    Raises:
-        ConfigurationError: There is none.
-    """
-    pattern = re.compile(re.escape(group) + r"(_(\d+))?")
-    found: list[tuple[int, Path]] = []
-    for path in parent.iterdir() if parent.is_dir() else []:
-        match = pattern.fullmatch(path.name)
-        if match and path.is_dir():
-            found.append((int(match[2]) if match[2] else -1, path))
-    if not found:
-        raise ConfigurationError(f"no run folder of group {group!r} in {str(parent)!r}: train it first")
-    return max(found)[1]
-
-
 def seed_group(group: str, seed: int) -> str:
     """Return the group's name for one of several seeds: a trailing `_S<number>` is replaced or added."""
     return f"{group_without_seed(group)}_S{seed}"
@@ -242,16 +225,20 @@ def format_number(value: Cell) -> str:
     return f"{value:.6f}" if isinstance(value, float) else str(value)
 
 
-def write_tables(folder: Path, results: Sequence[ClassResult], failures: Mapping[str, str]) -> None:
+def write_tables(folder: Path, outcomes: Mapping[str, ClassResult | str]) -> None:
     """Write results.csv, results_by_defect.csv and timings.csv, and failures.csv where a class failed.
 
     Args:
         folder: The run folder.
-        results: Finished classes, in order.
-        failures: Row name to reason; such a class has blank cells and does not enter the mean.
+        outcomes: Per row name, in order: the result, or why the class failed; a failed class has blank cells and
+            does not enter the mean.
     """
-    rows = [[r.row_name, *(format_number(r.metrics[c]) for c in METRIC_COLUMNS)] for r in results]
-    rows += [[name, *("" for _ in METRIC_COLUMNS)] for name in failures]
+    results = [outcome for outcome in outcomes.values() if isinstance(outcome, ClassResult)]
+    failures = [[name, outcome] for name, outcome in outcomes.items() if isinstance(outcome, str)]
+    rows = []
+    for name, outcome in outcomes.items():
+        metrics = outcome.metrics if isinstance(outcome, ClassResult) else dict.fromkeys(METRIC_COLUMNS)
+        rows.append([name, *(format_number(metrics[c]) for c in METRIC_COLUMNS)])
     rows.append([MEAN_ROW, *(format_number(v) for v in mean_metrics(results).values())])
     write_csv(folder / "results.csv", (ROW_NAMES, *METRIC_COLUMNS), rows)
     defect_rows = [[r.row_name, *(format_number(d[c]) for c in DEFECT_COLUMNS)] for r in results for d in r.by_defect]
@@ -259,7 +246,7 @@ def write_tables(folder: Path, results: Sequence[ClassResult], failures: Mapping
     timing_rows = [[r.row_name, *(format_number(r.timings[c]) for c in TIMING_COLUMNS)] for r in results]
     write_csv(folder / "timings.csv", (ROW_NAMES, *TIMING_COLUMNS), timing_rows)
     if failures:
-        write_csv(folder / "failures.csv", (ROW_NAMES, "reason"), [[n, reason] for n, reason in failures.items()])
+        write_csv(folder / "failures.csv", (ROW_NAMES, "reason"), failures)
     else:
         (folder / "failures.csv").unlink(missing_ok=True)
 
