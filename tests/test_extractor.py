@@ -15,6 +15,7 @@ from torchvision.models import get_model
 
 from patchcore.configs import BackboneConfig
 from patchcore.errors import ConfigurationError
+from patchcore.features import extractor
 from patchcore.features.backbones import IMAGENET_MEAN, IMAGENET_STD, Backbone, load_backbone
 from patchcore.features.extractor import FeatureExtractor, build_extractor
 
@@ -417,3 +418,12 @@ def test_imagesize_that_the_network_cannot_take_is_refused(name: str, layer: str
     with pytest.raises(ConfigurationError, match=rf"does not run on images of {imagesize} px .*--imagesize") as caught:
         FeatureExtractor(load_backbone(name, "random"), [layer], "imagenet", imagesize)
     assert "\n" not in str(caught.value)
+
+
+def test_a_mistyped_layer_is_found_before_weights_are_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fetched(*arguments: object) -> Backbone:
+        raise AssertionError("weights were fetched")
+
+    monkeypatch.setattr(extractor, "load_backbone", fetched)
+    with pytest.raises(ConfigurationError, match="did you mean layer2"):
+        extractor.build_extractor(BackboneConfig("wideresnet50", ("layer22",)), 64)
