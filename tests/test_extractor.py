@@ -15,7 +15,7 @@ from torchvision.models import get_model
 
 from patchcore.configs import BackboneConfig
 from patchcore.errors import ConfigurationError
-from patchcore.features import extractor
+from patchcore.features import extractor as extractor_module
 from patchcore.features.backbones import IMAGENET_MEAN, IMAGENET_STD, Backbone, load_backbone
 from patchcore.features.extractor import FeatureExtractor, build_extractor
 
@@ -424,6 +424,6 @@ def test_a_mistyped_layer_is_found_before_weights_are_fetched(monkeypatch: pytes
     def fetched(*arguments: object) -> Backbone:
         raise AssertionError("weights were fetched")
 
-    monkeypatch.setattr(extractor, "load_backbone", fetched)
+    monkeypatch.setattr(extractor_module, "load_backbone", fetched)
     with pytest.raises(ConfigurationError, match="did you mean layer2"):
-        extractor.build_extractor(BackboneConfig("wideresnet50", ("layer22",)), 64)
+        extractor_module.build_extractor(BackboneConfig("wideresnet50", ("layer22",)), 64)
