@@ -19,7 +19,8 @@ from patchcore.configs import (
     SearchConfig,
     TrainingSource,
 )
-from patchcore.detector import DETECTORS, AnomalyDetector, NotFittedError, load_detector
+from patchcore.detector import DETECTORS, AnomalyDetector, NotFittedError
+from patchcore.prediction import load_detector
 
 CPU = torch.device("cpu")
 PREPROCESSING = PreprocessingConfig(64, 64)

@@ -29,10 +29,11 @@ from patchcore.configs import (
     TrainingSource,
 )
 from patchcore.datasets.inspection import DatasetSplit, ImageLoader, InspectionDataset
-from patchcore.detector import AnomalyDetector, load_detector
+from patchcore.detector import AnomalyDetector
 from patchcore.errors import ConfigurationError
 from patchcore.memory.nearest_neighbours import FaissNN, TorchNN
 from patchcore.methods.patchcore import PatchCore
+from patchcore.prediction import load_detector
 from patchcore.scoring.calibration import Calibration
 
 CPU = torch.device("cpu")

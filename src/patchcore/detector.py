@@ -1,7 +1,7 @@
 """The contract of every method, and the registry of detectors.
 
 A detector is complete after construction. `fit` sees normal images and learns attributes that end in `_`,
-`calibrate` derives thresholds from normal images, `predict` scores images independently of one another.
+`out_of_fold_calibration` derives thresholds from them, `predict` scores images independently of one another.
 """
 
 from __future__ import annotations
@@ -9,23 +9,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 import torch
 
-from patchcore.configs import PreprocessingConfig, SearchConfig, TrainingSource, config_from_dict, require_choice
-from patchcore.errors import ConfigurationError, DataError
+from patchcore.configs import PreprocessingConfig, SearchConfig, TrainingSource
+from patchcore.errors import ConfigurationError
 from patchcore.scoring.calibration import Calibration
-from patchcore.storage.model_folder import (
-    FORMAT_VERSION,
-    ModelHeader,
-    read_model_header,
-    read_model_tensors,
-    write_model_folder,
-)
+from patchcore.storage.model_folder import FORMAT_VERSION, ModelHeader, write_model_folder
 
 
 @dataclass(frozen=True)
@@ -139,72 +132,6 @@ def register_detector(cls: D) -> D:
     """Enter a detector into the registry under its `method` name."""
     DETECTORS[cls.method] = cls
     return cls
-
-
-@dataclass(frozen=True)
-class StoredModel:
-    """A model folder of which everything but the tensors has been read and checked.
-
-    Attributes:
-        folder: The folder.
-        header: What its model.json says.
-        builder: Makes the unfitted detector; models of one configuration may share it.
-    """
-
-    folder: Path
-    header: ModelHeader
-    builder: DetectorBuilder
-
-    def restore(self, device: torch.device) -> AnomalyDetector:
-        """Read what was learned and return the fitted detector on a device.
-
-        Raises:
-            ConfigurationError: The tensors are missing, damaged or do not fit the configuration.
-        """
-        detector = self.builder(self.header.source, device)
-        try:
-            detector.restore(read_model_tensors(self.folder))
-        except (ConfigurationError, DataError) as error:
-            raise ConfigurationError(f"model {str(self.folder)!r}: {error}") from error
-        detector.calibration_ = self.header.calibration
-        return detector
-
-
-def prepare_stored(header: ModelHeader, where: str, search: SearchConfig) -> DetectorBuilder:
-    """Load what a stored model needs beside its tensors, such as the backbone.
-
-    Args:
-        header: What model.json says.
-        where: Name of the model, for messages.
-        search: How neighbours are searched, for memory banks.
-
-    Raises:
-        ConfigurationError: The method is unknown, or the configuration names something that is not there.
-    """
-    import_module("patchcore.methods")  # enters every detector into the registry
-    try:
-        require_choice("method", header.method, DETECTORS)
-        detector = DETECTORS[header.method]
-        config: Any = config_from_dict(detector.config_class, header.config, "config")
-        return detector.prepare(config, header.preprocessing, search)
-    except ConfigurationError as error:
-        raise ConfigurationError(f"model {where!r}: {error}") from error
-
-
-def load_detector(folder: Path, device: torch.device, search: SearchConfig | None = None) -> AnomalyDetector:
-    """Read any model folder.
-
-    Args:
-        folder: A folder that `AnomalyDetector.save` wrote.
-        device: Where the model shall run.
-        search: How neighbours are searched, for memory banks.
-
-    Raises:
-        ConfigurationError: The folder is no model, is damaged, or belongs to an unknown method.
-    """
-    header = read_model_header(folder)
-    builder = prepare_stored(header, str(folder), search or SearchConfig())
-    return StoredModel(folder, header, builder).restore(device)
 
 
 def require_tensor(tensors: Mapping[str, torch.Tensor], name: str, ndim: int) -> torch.Tensor:

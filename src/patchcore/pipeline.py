@@ -33,9 +33,10 @@ from patchcore.configs import (
 )
 from patchcore.datasets.inspection import DatasetSplit, resolve_categories
 from patchcore.datasets.registry import dataset_class
-from patchcore.detector import DETECTORS, DetectorBuilder, StoredModel, prepare_stored
+from patchcore.detector import DETECTORS, DetectorBuilder
 from patchcore.errors import ConfigurationError, DataError
 from patchcore.evaluation.report import text_table
+from patchcore.prediction import StoredModel, prepare_stored
 from patchcore.runtime import log_to_file, progress, reset_peak_memory, resolve_device, set_threads
 from patchcore.storage import run_folder
 from patchcore.storage.model_folder import ModelHeader, read_model_header

@@ -1,0 +1,80 @@
+"""Saved models: from a model folder back to a detector."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import patchcore.methods  # noqa: F401  # enters every detector into the registry
+from patchcore.configs import SearchConfig, config_from_dict, require_choice
+from patchcore.detector import DETECTORS, AnomalyDetector, DetectorBuilder
+from patchcore.errors import ConfigurationError, DataError
+from patchcore.storage.model_folder import ModelHeader, read_model_header, read_model_tensors
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """A model folder of which everything but the tensors has been read and checked.
+
+    Attributes:
+        folder: The folder.
+        header: What its model.json says.
+        builder: Makes the unfitted detector; models of one configuration may share it.
+    """
+
+    folder: Path
+    header: ModelHeader
+    builder: DetectorBuilder
+
+    def restore(self, device: torch.device) -> AnomalyDetector:
+        """Read what was learned and return the fitted detector on a device.
+
+        Raises:
+            ConfigurationError: The tensors are missing, damaged or do not fit the configuration.
+        """
+        detector = self.builder(self.header.source, device)
+        try:
+            detector.restore(read_model_tensors(self.folder))
+        except (ConfigurationError, DataError) as error:
+            raise ConfigurationError(f"model {str(self.folder)!r}: {error}") from error
+        detector.calibration_ = self.header.calibration
+        return detector
+
+
+def prepare_stored(header: ModelHeader, where: str, search: SearchConfig) -> DetectorBuilder:
+    """Load what a stored model needs beside its tensors, such as the backbone.
+
+    Args:
+        header: What model.json says.
+        where: Name of the model, for messages.
+        search: How neighbours are searched, for memory banks.
+
+    Raises:
+        ConfigurationError: The method is unknown, or the configuration names something that is not there.
+    """
+    try:
+        require_choice("method", header.method, DETECTORS)
+        detector = DETECTORS[header.method]
+        config: Any = config_from_dict(detector.config_class, header.config, "config")
+        return detector.prepare(config, header.preprocessing, search)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"model {where!r}: {error}") from error
+
+
+def load_detector(folder: Path, device: torch.device, search: SearchConfig | None = None) -> AnomalyDetector:
+    """Read any model folder.
+
+    Args:
+        folder: A folder that `AnomalyDetector.save` wrote.
+        device: Where the model shall run.
+        search: How neighbours are searched, for memory banks.
+
+    Raises:
+        ConfigurationError: The folder is no model, is damaged, or belongs to an unknown method.
+    """
+    header = read_model_header(folder)
+    builder = prepare_stored(header, str(folder), search or SearchConfig())
+    return StoredModel(folder, header, builder).restore(device)
