@@ -9,7 +9,8 @@ INSTALLED := $(VENV)/.installed
 
 # The stamp is younger than what it was installed from, so that a second call installs nothing.
 $(INSTALLED): setup.py requirements.txt
-	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, found %d.%d: make PYTHON=python3.12 ..." % sys.version_info[:2])'
+	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	@echo "installing (torch is large: this takes a few minutes the first time)"
 	$(BIN)/python -m pip install --progress-bar on -r requirements.txt -e '.[offline,dev]'

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +55,17 @@ def small_dataset(tmp_path: Path) -> Path:
     for category in ("plate", "rod"):
         write_category(root, category)
     return root
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Fail a test of real images that was skipped although the images are there."""
+    report = yield
+    uses_real_data = "real_data" in getattr(item, "fixturenames", ())
+    if report.skipped and uses_real_data and "PATCHCORE_TEST_DATA" in os.environ:
+        report.outcome = "failed"
+        report.longrepr = f"{item.nodeid} was skipped although PATCHCORE_TEST_DATA is set"
+    return report
 
 
 @pytest.fixture(scope="session")

@@ -256,7 +256,7 @@ def bad_arguments(data: Path) -> dict[str, tuple[list[str], str]]:
         "unknown layer": (with_swap("blocks.2", "block.2"), "blocks.2"),
         "layer without a map": (with_swap("blocks.2", "classifier"), "expected a feature map"),
         "missing weights": (with_swap("random", "/nowhere/weights.pth"), "/nowhere/weights.pth"),
-        "no held-out images": (["--calibration", "split", *good], "--train_val_split is 1.0"),
+        "no held-out images": (["--calibration", "split", *good], "1.0 holds out 0 of 'plate'"),
         "unknown device": (["--device", "tpu", *good], "'tpu'"),
         "missing device": (["--device", "cuda:99", *good], "GPU 99"),
     }

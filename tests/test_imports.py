@@ -26,7 +26,7 @@ ALLOWED = {
     "evaluation": set(),
     "storage": {"scoring"},
     "detector": {"scoring", "storage"},
-    "methods": {"features", "memory", "scoring", "storage"},
+    "methods": {"features", "memory", "scoring"},
     "class_run": {"datasets", "evaluation", "scoring", "storage"},
     "prediction": {"methods", "storage"},
     "pipeline": {"class_run", "prediction", "methods", "datasets", "scoring", "evaluation", "storage"},

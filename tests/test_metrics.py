@@ -412,20 +412,6 @@ def test_arguments_are_left_as_they_were() -> None:
     np.testing.assert_array_equal(masks, copies[1])
 
 
-def test_a_region_cut_in_two_counts_once_if_its_label_says_so() -> None:
-    anomaly_maps, masks = random_maps_and_masks(5, num_levels=12)
-    masks[2] = 0
-    masks[2, 3:5, 1:4] = masks[2, 3:5, 6:9] = masks[2, 9, 9] = 1
-    regions = np.stack([label_regions(mask)[0] for mask in masks])
-    assert pixel_metrics(anomaly_maps, masks, regions) == pixel_metrics(anomaly_maps, masks)
-    regions[2, 3:5, 1:4] = regions[2, 3:5, 6:9] = 40  # labels need not be consecutive
-    image = np.arange(len(masks))[:, None, None]  # [N, 1, 1]
-    joined = [(regions == k) & (image == i) for i in range(len(masks)) for k in np.unique(regions[i]) if k > 0]
-    found = pixel_metrics(anomaly_maps, masks, regions)
-    assert found.num_regions == len(joined) == pixel_metrics(anomaly_maps, masks).num_regions - 1
-    assert found.pro == pytest.approx(brute_force_pro(anomaly_maps, joined, masks == 0), **EXACT)
-
-
 def test_undefined_pixel_metrics_are_none() -> None:
     maps = np.random.default_rng(0).random((2, 3, 4), dtype=np.float32)
     normal, defect = np.zeros((2, 3, 4), dtype=np.uint8), np.ones((2, 3, 4), dtype=np.uint8)
@@ -454,14 +440,3 @@ def test_bad_maps_and_masks_are_refused() -> None:
     masks[1, 0, :2] = 2, 254
     with pytest.raises(ValueError, match=r"values \[2, 254\], expected 0 \(normal\), 1 \(defect\)"):
         pixel_metrics(maps, masks)
-
-
-def test_bad_regions_are_refused() -> None:
-    maps, masks = random_maps_and_masks(0)
-    regions = (masks == 1).astype(np.int64)
-    with pytest.raises(ValueError, match=r"regions have shape \(4, 14, 11\), masks \(5, 14, 11\)"):
-        pixel_metrics(maps, masks, regions[1:])
-    i, row, column = np.argwhere(regions)[0]
-    regions[i, row, column] = 0
-    with pytest.raises(ValueError, match=f"1 of {(masks == 1).sum()} defect pixels have no region"):
-        pixel_metrics(maps, masks, regions)

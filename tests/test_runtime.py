@@ -227,7 +227,7 @@ def test_console_shows_one_line_while_the_file_has_the_traceback(
     assert "INFO started" in log
     assert "WARNING look out" in log
     assert "after the run" not in log
-    assert "a detail" not in log
+    assert "DEBUG a detail" in log
 
 
 def test_log_to_file_lets_go_of_its_file_after_an_error(toolkit_logger: logging.Logger, tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,7 +61,7 @@ def train_class(task: ClassTask, category: str, seed: int, builder: DetectorBuil
     """Train, calibrate and evaluate one class, and write its files."""
     reset_peak_memory()
     train, held_out, test = (open_dataset(task.dataset, category, split, seed) for split in DatasetSplit)
-    for part in (train, held_out, test):
+    for part in (train, held_out, test) if calibration == "split" else (train, test):
         part.check_files()
     detector = builder(TrainingSource(task.dataset.name, category, seed), task.device)
     started = time.perf_counter()
@@ -73,6 +72,9 @@ def train_class(task: ClassTask, category: str, seed: int, builder: DetectorBuil
     calibrated = time.perf_counter()
     if task.outputs.models:
         detector.save(task.folder / "models" / task.row_name(category))
+    LOGGER.debug(
+        "%s: %d training images, %s", category, len(train), detector.calibration_ and detector.calibration_.image
+    )
     timings = {
         "train_images": len(train),
         "train_seconds": trained - started,
@@ -124,7 +126,6 @@ def _calibrate(
 def _predict(detector: AnomalyDetector, loader: ImageLoader, keep_images: bool) -> _TestResult:
     """Score all images of a loader, and time it."""
     scores, maps, masks, images = [], [], [], []
-    latency_inputs: list[torch.Tensor] = []
     started = time.perf_counter()
     for batch in progress(loader, f"{loader.dataset.category}: scoring", total=len(loader)):
         prediction = detector.predict(batch["image"])
@@ -135,14 +136,11 @@ def _predict(detector: AnomalyDetector, loader: ImageLoader, keep_images: bool) 
             masks.append(batch["mask"].numpy())
         if keep_images:
             images.append(batch["image"].numpy())
-        if len(latency_inputs) < LATENCY_IMAGES:
-            latency_inputs += batch["image"].split(1)
     seconds = time.perf_counter() - started
     timings: dict[str, float | int | None] = {
         "test_images": loader.num_images,
         "images_per_second": loader.num_images / seconds,
     }
-    timings |= _latency(detector, latency_inputs[:LATENCY_IMAGES])
     return _TestResult(
         np.concatenate(scores),
         np.concatenate(maps) if maps else None,
@@ -152,8 +150,9 @@ def _predict(detector: AnomalyDetector, loader: ImageLoader, keep_images: bool) 
     )
 
 
-def _latency(detector: AnomalyDetector, images: Sequence[torch.Tensor]) -> dict[str, float | int | None]:
+def _latency(detector: AnomalyDetector, test: InspectionDataset) -> dict[str, float | int | None]:
     """Return the median and 95th percentile of the time for one image that is in memory, ms."""
+    images = [test[i]["image"][None] for i in range(min(LATENCY_IMAGES, len(test)))]
     for image in images[:LATENCY_WARMUP]:
         detector.predict(image)
     milliseconds = []
@@ -175,20 +174,22 @@ def evaluate_class(
     """Score the test images of one class, compute its numbers, and write its files; the record comes last."""
     row_name = task.row_name(category)
     result = _predict(detector, _loader(task, test), keep_images=task.outputs.segmentation_images)
+    peak_memory = peak_memory_megabytes()  # of the method, before metrics and pictures
     calibration = detector.calibration_
     threshold = calibration.image.threshold if calibration else None
     defect_types = [r.defect_type for r in test.records]
     labels = np.array([r.is_anomalous for r in test.records])
     metrics = class_metrics(result.scores, labels, result.maps, result.masks, threshold)
     by_defect = defect_metrics(result.scores, defect_types, result.maps, result.masks, threshold, GOOD)
-    _count_regions(test, by_defect)
+    _count_lost_regions(test, by_defect)
     timings = {
         "train_images": None,
         "train_seconds": None,
         "calibration_seconds": None,
         **timings,
         **result.timings,
-        "peak_memory_mb": peak_memory_megabytes(),
+        **_latency(detector, test),
+        "peak_memory_mb": peak_memory,
         "model_mb": sum(t.nbytes for t in detector.tensors().values()) / 1e6,
     }
     _write_scores(task, row_name, test, result, calibration)
@@ -196,26 +197,26 @@ def evaluate_class(
         _write_pictures(task.folder / "segmentation_images" / row_name, test, result, calibration)
     record = ClassResult(row_name, metrics, by_defect, timings)
     run_folder.save_class_result(task.folder, record)
+    LOGGER.debug("%s finished: %s %s", category, metrics, timings)
     return record
 
 
-def _count_regions(test: InspectionDataset, by_defect: list[dict[str, Any]]) -> None:
-    """Add to each defect type how many regions its full-size masks have, and how many resize and crop emptied."""
-    counts = {row["defect_type"]: [0, 0] for row in by_defect}
+def _count_lost_regions(test: InspectionDataset, by_defect: list[dict[str, Any]]) -> None:
+    """Add to each defect type how many regions of its full-size masks resize and crop emptied."""
+    lost = dict.fromkeys((row["defect_type"] for row in by_defect), 0)
     for index, record in enumerate(test.records):
-        if record.mask_path is None or record.defect_type not in counts:
+        if record.mask_path is None or record.defect_type not in lost:
             continue
         mask = test.full_mask(index)
         labels, num_regions = label_regions(mask)
         placement = place(mask.shape[0], mask.shape[1], test.preprocessing)
         kept = np.unique(crop_labels(labels, placement, padding=0))
-        counts[record.defect_type][0] += num_regions
-        counts[record.defect_type][1] += num_regions - int((kept > 0).sum())
+        lost[record.defect_type] += num_regions - int((kept > 0).sum())
     for row in by_defect:
-        row["num_regions"], row["num_regions_lost"] = counts[row["defect_type"]] if test.has_masks else (None, None)
-    lost = sum(count[1] for count in counts.values())
-    if lost:
-        LOGGER.warning("%s: resize and crop emptied %d defect region(s), which PRO leaves out", test.category, lost)
+        row["num_regions_lost"] = lost[row["defect_type"]] if test.has_masks else None
+    total = sum(lost.values())
+    if total:
+        LOGGER.warning("%s: resize and crop emptied %d defect region(s), which PRO leaves out", test.category, total)
 
 
 def _write_scores(

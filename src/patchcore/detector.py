@@ -57,7 +57,7 @@ class AnomalyDetector(ABC):
         config_class: Dataclass of the method's configuration.
         preprocessing: Resize and crop that its images had.
         source: What it is trained on.
-        calibration_: Thresholds; None before `calibrate` or without it.
+        calibration_: Thresholds; None before calibration or without it.
     """
 
     method: ClassVar[str]

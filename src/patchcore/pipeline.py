@@ -70,10 +70,7 @@ def train_and_evaluate(
     """
     categories = resolve_categories(dataset, dataset_class(dataset.name).categories)
     dataset = replace(dataset, categories=tuple(categories))
-    if run.calibration == "split" and dataset.train_val_split == 1:
-        raise ConfigurationError(
-            "--calibration split needs held-out images, --train_val_split is 1.0: give a share below 1, such as 0.8"
-        )
+    _require_held_out(run, dataset)
     parent = Path(run.results_path) / run.log_project
     run_folder.require_writable(parent)
     set_threads(run.runtime.threads)
@@ -98,6 +95,19 @@ def train_and_evaluate(
     if len(run.seeds) > 1:
         _write_seed_table(parent, run, finished, announce)
     return complete
+
+
+def _require_held_out(run: RunConfig, dataset: DatasetConfig) -> None:
+    """Raise ConfigurationError if --calibration split has too few images held out for a standard deviation."""
+    if run.calibration != "split":
+        return
+    for category in dataset.categories:
+        num_held_out = len(open_dataset(dataset, category, DatasetSplit.VAL, seed=0))
+        if num_held_out < 2:
+            raise ConfigurationError(
+                f"--calibration split needs 2 held-out images of each class, --train_val_split "
+                f"{dataset.train_val_split} holds out {num_held_out} of {category!r}: give a smaller share, such as 0.8"
+            )
 
 
 def _limited(search: SearchConfig, runtime: RuntimeConfig) -> SearchConfig:
@@ -166,8 +176,12 @@ def _process_classes(
         Results of the finished classes, and the reason for each failed one by row name.
     """
     outcomes: dict[str, ClassResult | str] = {}
-    for category in task.dataset.categories:
-        row_name = task.row_name(category)
+    LOGGER.debug("%s", _environment(task.device))
+    row_names = {category: task.row_name(category) for category in task.dataset.categories}
+    if skip_existing:  # an interruption must not take finished classes out of the tables
+        outcomes |= _finished_before(task.folder, row_names)
+    for category, row_name in row_names.items():
+        LOGGER.debug("%s begins", category)
         try:
             done = run_folder.load_class_result(task.folder, row_name) if skip_existing else None
             if done is not None:
@@ -183,6 +197,17 @@ def _process_classes(
         run_folder.write_tables(task.folder, outcomes)
     results = [outcome for outcome in outcomes.values() if isinstance(outcome, ClassResult)]
     return results, {name: outcome for name, outcome in outcomes.items() if isinstance(outcome, str)}
+
+
+def _finished_before(folder: Path, row_names: dict[str, str]) -> dict[str, ClassResult | str]:
+    """Return what an earlier call left of each class: its result, or that it is still to be done."""
+    outcomes: dict[str, ClassResult | str] = {}
+    for row_name in row_names.values():
+        try:
+            outcomes[row_name] = run_folder.load_class_result(folder, row_name) or "not done yet"
+        except DataError as error:
+            outcomes[row_name] = str(error)
+    return outcomes
 
 
 def _announce_results(

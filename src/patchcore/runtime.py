@@ -58,8 +58,8 @@ def log_to_console() -> None:
     """Send the toolkit's log to standard error, one line per record."""
     logger = logging.getLogger("patchcore")
     if not any(isinstance(h, _ConsoleHandler) for h in logger.handlers):
-        logger.addHandler(_ConsoleHandler())
-    logger.setLevel(logging.INFO)
+        logger.addHandler(_ConsoleHandler(logging.INFO))
+    logger.setLevel(logging.DEBUG)  # details go to the log file alone
     logger.propagate = False
 
 
@@ -116,6 +116,7 @@ def resolve_device(device: str, gpus: tuple[int, ...] = (0,)) -> torch.device:
         return torch.device("cpu")
     if device in ("auto", "cuda") or device.startswith("cuda:"):
         wanted = index if device in ("auto", "cuda") else _cuda_index(device)
+        torch.backends.cudnn.allow_tf32 = False  # float32 means float32: TF32 would move scores by a thousandth
         if wanted < 0 or wanted >= count:
             raise ConfigurationError(
                 f"GPU {wanted} was asked for, {count} CUDA device(s) found: use --device cpu or a smaller --gpu"

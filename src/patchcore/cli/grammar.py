@@ -53,6 +53,9 @@ def run_with_exit_code(call: Callable[[], Any]) -> None:
     except BrokenPipeError:  # the reader of our output has gone, as in `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = EXIT_FAILED
+    except OSError as error:  # a full disk, a folder that vanished; within a class this is that class's failure
+        _complain(f"{error.filename or 'a file'} could not be read or written ({error.strerror or error})")
+        code = EXIT_FAILED
     sys.exit(code or 0)
 
 

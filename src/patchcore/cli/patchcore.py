@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -172,7 +173,10 @@ def _backbone(
         raise click.UsageError(f"{len(names)} backbones named ({found}), expected one -b: ensembles are not available")
     if len(weights) > 1:
         raise click.UsageError(f"{len(weights)} --weights for one backbone, expected one per -b")
-    return BackboneConfig(names[0], layers, weights[0] if weights else "pretrained", normalization)
+    chosen = weights[0] if weights else "pretrained"
+    if chosen not in ("pretrained", "random"):
+        chosen = os.path.abspath(chosen)  # a model must find its weights from any working directory
+    return BackboneConfig(names[0], layers, chosen, normalization)
 
 
 @click.group("load_and_evaluate_patchcore", cls=ChainedCommand, required_steps=("patch_core_loader", "dataset"))

@@ -127,24 +127,20 @@ def threshold_metrics(scores: np.ndarray, labels: np.ndarray, threshold: float) 
     )
 
 
-def pixel_metrics(anomaly_maps: np.ndarray, masks: np.ndarray, regions: np.ndarray | None = None) -> PixelMetrics:
+def pixel_metrics(anomaly_maps: np.ndarray, masks: np.ndarray) -> PixelMetrics:
     """Measure how well anomaly maps localise the defects of a test set.
 
     Args:
         anomaly_maps: [N, H, W] float32, higher is more anomalous; finite wherever the mask is not 255.
         masks: [N, H, W] uint8: 0 normal, 1 defect, 255 not part of the image (the padding of a letterboxed
             image), which enters nothing.
-        regions: [N, H, W] integer labels of the defect regions, > 0 on every defect pixel and distinct within
-            an image, for example those of the full-size mask resized along with it, so that a region which
-            resizing cuts in two still counts once. Default: the 8-connected regions of each mask.
 
     Returns:
         The metrics over every distinct threshold, ties counted exactly. All are None if there is no defect
         pixel or no normal pixel; the anomaly-only ones also if no image with a defect has a normal pixel.
 
     Raises:
-        ValueError: Shapes differ, a mask has another value, a map is NaN or infinite, or a defect pixel
-            belongs to no region.
+        ValueError: Shapes differ, a mask has another value, or a map is NaN or infinite.
 
     Source: PRO was introduced by Bergmann et al., "Uninformed Students" (CVPR 2020), integrated up to
         a false-positive rate of 0.3; Bergmann et al., "The MVTec Anomaly Detection Dataset" (IJCV 129, 2021)
@@ -161,7 +157,7 @@ def pixel_metrics(anomaly_maps: np.ndarray, masks: np.ndarray, regions: np.ndarr
     _check_finite("anomaly map values", scores, normals_with_defects, normals_elsewhere)
     if len(scores) == 0:
         return PixelMetrics()
-    return _rank_pixels(scores, _region_ids(masks, defect, regions), normals_with_defects, normals_elsewhere)
+    return _rank_pixels(scores, _region_ids(masks, defect), normals_with_defects, normals_elsewhere)
 
 
 def label_regions(mask: np.ndarray) -> tuple[np.ndarray, int]:
@@ -329,30 +325,22 @@ def _area_under_curve(x: np.ndarray, y: np.ndarray, limit: float) -> float:
     return float(np.diff(x) @ (y[1:] + y[:-1]) / 2)
 
 
-def _region_ids(masks: np.ndarray, defect: np.ndarray, regions: np.ndarray | None) -> np.ndarray:
+def _region_ids(masks: np.ndarray, defect: np.ndarray) -> np.ndarray:
     """Number the regions of all images consecutively.
 
     Args:
         masks: [N, H, W] as in `pixel_metrics`.
         defect: [N, H, W] bool, the D > 0 defect pixels.
-        regions: [N, H, W] as in `pixel_metrics`.
 
     Returns:
         [D] int64 region 0, 1, ... of each defect pixel, in array order; no number is left out.
-
-    Raises:
-        ValueError: The shape of `regions` differs, or it leaves out a defect pixel.
     """
-    if regions is not None:
-        regions = np.asarray(regions)
-        _check_regions(regions, defect)
     ids: list[np.ndarray] = []
     num_regions = 0
     for i in progress(np.flatnonzero(defect.any(axis=(1, 2))), "labelling defect regions"):
-        labels = label_regions(masks[i])[0] if regions is None else regions[i]
-        distinct, positions = np.unique(labels[defect[i]], return_inverse=True)
-        ids.append(positions + num_regions)
-        num_regions += len(distinct)
+        labels, num_labels = label_regions(masks[i])
+        ids.append(labels[defect[i]] - 1 + num_regions)
+        num_regions += num_labels
     return np.concatenate(ids)
 
 
@@ -401,16 +389,4 @@ def _check_maps_and_masks(anomaly_maps: np.ndarray, masks: np.ndarray) -> None:
         raise ValueError(
             f"masks hold the values {np.unique(masks[~known])[:5].tolist()}, expected 0 (normal), 1 (defect) "
             "and 255 (ignored): binarise them first"
-        )
-
-
-def _check_regions(regions: np.ndarray, defect: np.ndarray) -> None:
-    """Raise ValueError unless regions have the shape of the masks and cover every defect pixel."""
-    if regions.shape != defect.shape:
-        raise ValueError(f"regions have shape {regions.shape}, masks {defect.shape}, expected the same")
-    num_bad = int(np.count_nonzero(regions[defect] <= 0))
-    if num_bad:
-        raise ValueError(
-            f"{num_bad} of {np.count_nonzero(defect)} defect pixels have no region, expected labels > 0: "
-            "resize the regions in the same way as the mask"
         )

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from patchcore.evaluation.metrics import image_metrics, pixel_metrics, threshold_metrics
+from patchcore.evaluation.metrics import image_metrics, label_regions, pixel_metrics, threshold_metrics
 
 
 def class_metrics(
@@ -85,5 +85,7 @@ def defect_metrics(
             threshold,
         )
         row: dict[str, Any] = {"defect_type": defect_type, "num_images": int((types == defect_type).sum())}
+        of_type = masks[types == defect_type] if masks is not None else None
+        row["num_regions"] = sum(label_regions(mask)[1] for mask in of_type) if of_type is not None else None
         rows.append(row | metrics)
     return rows

@@ -35,7 +35,7 @@ from patchcore.runtime import derive_seed, progress
 from patchcore.scoring.anomaly_map import anomaly_maps, image_scores
 from patchcore.scoring.calibration import Calibration, MapStatistics, calibrate, fold_bounds
 
-IMAGES_PER_SEARCH = 8  # keeps the distances of one search to a few hundred MB for the largest banks
+IMAGES_PER_SEARCH = 8  # in calibration: bounds the copies of embeddings and the maps that are held at once
 
 
 @dataclass
@@ -168,13 +168,13 @@ class PatchCore(AnomalyDetector):
 
     def _set_bank(self, bank: torch.Tensor) -> None:
         self.memory_bank_ = bank
-        self._scorer = self._fitted_scorer(bank)
+        self._scorer = self._fitted_scorer(bank, "memory bank", "use fewer neighbours")
 
-    def _fitted_scorer(self, bank: torch.Tensor) -> NearestNeighbourScorer:
+    def _fitted_scorer(self, bank: torch.Tensor, what: str, remedy: str) -> NearestNeighbourScorer:
         if len(bank) < self.config.num_nn:
             raise DataError(
-                f"{self.source.category}: the memory bank has {len(bank)} patch(es), --anomaly_scorer_num_nn "
-                f"{self.config.num_nn} needs as many: keep more patches (sampler -p) or use fewer neighbours"
+                f"{self.source.category}: the {what} has {len(bank)} patch(es), --anomaly_scorer_num_nn "
+                f"{self.config.num_nn} needs as many: keep more patches (sampler -p) or {remedy}"
             )
         neighbours = build_nearest_neighbours(self.search.faiss_on_gpu, self.search.faiss_num_workers, self.device)
         return NearestNeighbourScorer(self.config.num_nn, neighbours).fit(bank)
@@ -198,7 +198,8 @@ class PatchCore(AnomalyDetector):
         scores, maxima, means = torch.empty(3, num_images)  # [N] each
         for number, (start, end) in enumerate(progress(folds, f"{self.source.category}: calibration")):
             rest = torch.cat([order[:start], order[end:]]).sort().values
-            scorer = self._fitted_scorer(self._fold_bank(rest, number))
+            bank = self._fold_bank(rest, number)
+            scorer = self._fitted_scorer(bank, "memory bank of a calibration fold", "use --calibration none")
             for chunk in order[start:end].split(IMAGES_PER_SEARCH):
                 chunk_scores, chunk_maps = self._score(embeddings[chunk], scorer)
                 scores[chunk] = chunk_scores

@@ -59,8 +59,12 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
         os.chmod(temporary, 0o777 & ~_umask())
         fill(temporary)
         if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(temporary, folder)
+            older = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".", suffix=".old"))
+            os.replace(folder, older)  # at no moment is there a half-removed folder under the name
+            os.replace(temporary, folder)
+            shutil.rmtree(older, ignore_errors=True)
+        else:
+            os.replace(temporary, folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

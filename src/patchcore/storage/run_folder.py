@@ -265,14 +265,15 @@ def write_seed_table(path: Path, runs: Sequence[Sequence[ClassResult]]) -> None:
 
     Args:
         path: Where the table goes.
-        runs: The finished classes of each seed.
+        runs: The finished classes of each seed; the row of means is over those that finished in every run.
     """
     header = [ROW_NAMES, "num_seeds", *(f"{c}_{s}" for c in METRIC_COLUMNS for s in ("mean", "std"))]
     names = list(dict.fromkeys(r.row_name for run in runs for r in run))
+    common = {name for name in names if all(name in [r.row_name for r in run] for run in runs)}
     rows = []
     for name in [*names, MEAN_ROW]:
         if name == MEAN_ROW:
-            metrics = [mean_metrics(run) for run in runs if run]
+            metrics = [mean_metrics([r for r in run if r.row_name in common]) for run in runs if common]
         else:
             metrics = [r.metrics for run in runs for r in run if r.row_name == name]
         cells = [format_number(v) for column in METRIC_COLUMNS for v in _mean_and_std([m[column] for m in metrics])]
