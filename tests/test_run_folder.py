@@ -336,4 +336,4 @@ def test_an_interrupted_resume_keeps_the_rows_of_finished_classes(
     assert (folder / "results.csv").read_text() == before
     assert not (folder / "failures.csv").exists()
     log = (folder / "run.log").read_text()
-    assert "mpdd" in log and "rod finished" in log
+    assert "rod finished" in log and "plate: finished before, skipped" in log
