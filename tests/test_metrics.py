@@ -207,7 +207,7 @@ def test_threshold_metrics_agree_with_sklearn(threshold: float) -> None:
         ([], [], 0.5, ThresholdMetrics(None, None, None, None)),
         ([0.1, 0.2], [True, False], 0.5, ThresholdMetrics(None, 0.0, 0.0, 0.0)),  # nothing flagged
         ([0.1, 0.9], [True, False], 0.5, ThresholdMetrics(0.0, 0.0, 0.0, 1.0)),  # only a false alarm
-        ([0.1, 0.9], [False, False], 0.5, ThresholdMetrics(0.0, None, None, 0.5)),  # none anomalous
+        ([0.1, 0.9], [False, False], 0.5, ThresholdMetrics(None, None, None, 0.5)),  # none anomalous
         ([0.1, 0.2], [False, False], 0.5, ThresholdMetrics(None, None, None, 0.0)),
         ([0.1, 0.9], [True, True], 0.5, ThresholdMetrics(1.0, 0.5, pytest.approx(2 / 3), None)),  # none good
         ([0.1, 0.9], [False, True], np.inf, ThresholdMetrics(None, 0.0, 0.0, 0.0)),

@@ -249,13 +249,13 @@ def test_calibration_after_the_training_data_are_released(extractor: FeatureExtr
 
 
 def test_no_images(extractor: FeatureExtractor, train: torch.Tensor) -> None:
-    with pytest.raises(DataError, match="plate: no training images"):
+    with pytest.raises(DataError, match="no training images"):
         build(extractor).fit(Batches(train[:0]))
 
 
 def test_more_neighbours_than_patches(extractor: FeatureExtractor, train: torch.Tensor) -> None:
     model = build(extractor, num_nn=20, sampler=SamplerConfig("random", 0.25))
-    with pytest.raises(DataError, match=r"plate: the memory bank has 16 patch\(es\).* 20 needs"):
+    with pytest.raises(DataError, match=r"the memory bank has 16 patch\(es\).* 20 needs"):
         model.fit(Batches(train[:1]))
 
 

@@ -30,6 +30,7 @@ HEADER = (
     "Row Names,instance_auroc,full_pixel_auroc,full_pro,anomaly_pixel_auroc,anomaly_pro,"
     "image_ap,image_f1_max,pixel_ap,pixel_f1_max,precision,recall,f1"
 )
+COMMON = ("--device", "cpu", "--threads", "1")
 PIXEL_COLUMNS = ("full_pixel_auroc", "full_pro", "anomaly_pixel_auroc", "anomaly_pro", "pixel_ap", "pixel_f1_max")
 
 
@@ -580,3 +581,86 @@ def test_nan_is_nowhere(finished: tuple[Path, Finished]) -> None:
                 assert cell not in ("nan", "inf", "None")
                 if cell and cell.replace(".", "").isdigit():
                     assert math.isfinite(float(cell))
+
+
+# ---------------------------------------------------------------- what a hostile user found
+
+
+def test_a_reader_that_has_gone_does_not_stop_the_work(small_dataset: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(REPOSITORY / "bin" / "run_patchcore.py"), "--device", "cpu", "--threads", "1"]
+    steps = small_run(small_dataset, "plate")
+    process = subprocess.Popen(
+        [*command, str(tmp_path / "out"), *steps],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY / "src")},
+    )
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.wait(timeout=300) == 0
+    assert (tmp_path / "out" / "project" / "group" / "class_results" / "mpdd_plate.json").exists()
+
+
+def test_a_pipe_with_an_image_suffix_is_passed_over(small_dataset: Path, tmp_path: Path) -> None:
+    os.mkfifo(small_dataset / "plate" / "train" / "good" / "pipe.png")
+    assert invoke(run_patchcore, *COMMON, tmp_path / "out", *small_run(small_dataset, "plate")).code == 0
+
+
+def test_skip_existing_makes_files_that_are_gone_anew(small_dataset: Path, tmp_path: Path) -> None:
+    command = [*COMMON, "--skip_existing", "--save_patchcore_model", "--save_segmentation_images", tmp_path / "out"]
+    steps = small_run(small_dataset, "plate")
+    folder = tmp_path / "out" / "project" / "group"
+    for gone in ("models", "segmentation_images", "anomaly_scores"):
+        assert invoke(run_patchcore, *command, *steps).code == 0
+        shutil.rmtree(folder / gone)
+    done = invoke(run_patchcore, *command, *steps)
+    assert done.code == 0 and "files of it are gone" in done.err
+    assert (folder / "anomaly_scores" / "mpdd_plate.csv").exists()
+
+
+def test_good_images_alone_leave_every_decision_cell_blank(small_dataset: Path, tmp_path: Path) -> None:
+    shutil.rmtree(small_dataset / "plate" / "test" / "spot")
+    shutil.rmtree(small_dataset / "plate" / "ground_truth")
+    assert invoke(run_patchcore, *COMMON, tmp_path / "out", *small_run(small_dataset, "plate")).code == 0
+    (row, _) = read_rows(tmp_path / "out" / "project" / "group" / "results.csv")
+    assert set(row.values()) == {"mpdd_plate", ""}
+
+
+def test_empty_masks_are_told(small_dataset: Path, tmp_path: Path) -> None:
+    black = Image.new("L", (64, 64))
+    black.save(small_dataset / "plate" / "ground_truth" / "spot" / "001_mask.png")
+    done = invoke(run_patchcore, *COMMON, tmp_path / "out", *small_run(small_dataset, "plate"))
+    assert done.code == 0 and "1 mask(s) of anomalous images are empty" in done.err
+
+
+def test_a_line_of_pixels_is_refused_before_it_fills_the_memory(small_dataset: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (60_000, 1)).save(small_dataset / "plate" / "train" / "good" / "line.png")
+    done = invoke(run_patchcore, *COMMON, tmp_path / "out", *small_run(small_dataset, "plate"))
+    assert done.code == 1 and "line.png" in done.err and "--resize_mode" in done.err
+
+
+def test_another_format_behind_an_image_suffix_is_refused(small_dataset: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64)).save(small_dataset / "plate" / "train" / "good" / "a.png", format="GIF")
+    done = invoke(run_patchcore, *COMMON, tmp_path / "out", *small_run(small_dataset, "plate"))
+    assert done.code == 1 and "a.png" in done.err
+
+
+@pytest.mark.parametrize(
+    ("options", "method", "reading", "words"),
+    [
+        (["--log_group", "x" * 250], [], [], "longer than 200 bytes"),
+        (["--gpu", "-1"], [], [], "--gpu is -1"),
+        ([], ["--patchsize", "51"], [], "grid of layer 'blocks.1'"),
+        ([], ["--patchsize", "100001"], [], "99 or less"),
+        ([], ["--target_embed_dimension", "10000000000"], [], "65536 or less"),
+        ([], [], ["--batch_size", "99999999999999999999"], "65536 or less"),
+        ([], [], ["--resize", "100000"], "16384 or less"),
+    ],
+)
+def test_sizes_beyond_reason_are_refused(
+    options: list[str], method: list[str], reading: list[str], words: str, small_dataset: Path, tmp_path: Path
+) -> None:
+    steps = small_run(small_dataset, "plate", method=tuple(method), reading=tuple(reading))
+    done = invoke(run_patchcore, *COMMON, *options, tmp_path / "out", *steps)
+    assert done.code == 2 and len(done.error_lines) == 1 and words in done.err
+    assert not (tmp_path / "out").exists()

@@ -83,6 +83,17 @@ def train_class(task: ClassTask, category: str, seed: int, builder: DetectorBuil
     return evaluate_class(task, category, detector, test, timings)
 
 
+def outputs_exist(task: ClassTask, row_name: str) -> bool:
+    """Return whether what a run was asked for is there for a class; single pictures are not counted."""
+    scores = task.folder / "anomaly_scores"
+    wanted = [scores / f"{row_name}.csv"]
+    if task.outputs.models:
+        wanted.append(task.folder / "models" / row_name)
+    if task.outputs.segmentation_images:
+        wanted.append(task.folder / "segmentation_images" / row_name)
+    return all(path.exists() for path in wanted)
+
+
 def open_dataset(config: DatasetConfig, category: str, split: DatasetSplit, seed: int) -> InspectionDataset:
     limit = config.limit_test if split is DatasetSplit.TEST else config.limit_train
     return dataset_class(config.name)(
@@ -113,9 +124,7 @@ def _calibrate(
             LOGGER.warning("%s: one training image gives no threshold: calibration left out", held_out.category)
         return calibration
     if len(held_out) < 2:
-        raise DataError(
-            f"{held_out.category}: {len(held_out)} image(s) held out, calibration needs 2: lower --train_val_split"
-        )
+        raise DataError(f"{len(held_out)} image(s) held out, calibration needs 2: lower --train_val_split")
     result = _predict(detector, _loader(task, held_out), keep_images=False)
     statistics = None
     if result.maps is not None:
@@ -204,16 +213,22 @@ def evaluate_class(
 def _count_lost_regions(test: InspectionDataset, by_defect: list[dict[str, Any]]) -> None:
     """Add to each defect type how many regions of its full-size masks resize and crop emptied."""
     lost = dict.fromkeys((row["defect_type"] for row in by_defect), 0)
+    empty = 0
     for index, record in enumerate(test.records):
         if record.mask_path is None or record.defect_type not in lost:
             continue
         mask = test.full_mask(index)
         labels, num_regions = label_regions(mask)
+        empty += num_regions == 0
         placement = place(mask.shape[0], mask.shape[1], test.preprocessing)
         kept = np.unique(crop_labels(labels, placement, padding=0))
         lost[record.defect_type] += num_regions - int((kept > 0).sum())
     for row in by_defect:
         row["num_regions_lost"] = lost[row["defect_type"]] if test.has_masks else None
+    if empty:
+        LOGGER.warning(
+            "%s: %d mask(s) of anomalous images are empty: their pixels count as normal", test.category, empty
+        )
     total = sum(lost.values())
     if total:
         LOGGER.warning("%s: resize and crop emptied %d defect region(s), which PRO leaves out", test.category, total)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -42,10 +44,12 @@ def require_choice(what: str, value: str, known: Iterable[str]) -> None:
         raise ConfigurationError(f"unknown {what} {value!r}: {near_matches(value, names)}")
 
 
-def require_at_least(what: str, value: int, minimum: int) -> None:
-    """Raise ConfigurationError unless `value` is `minimum` or more."""
+def require_at_least(what: str, value: int, minimum: int, maximum: int | None = None) -> None:
+    """Raise ConfigurationError unless `value` is `minimum` or more, and at most `maximum` where there is one."""
     if value < minimum:
         raise ConfigurationError(f"{what} is {value}, expected {minimum} or more")
+    if maximum is not None and value > maximum:
+        raise ConfigurationError(f"{what} is {value}, expected {maximum} or less")
 
 
 def require_fraction(what: str, value: float) -> None:
@@ -71,7 +75,8 @@ class PreprocessingConfig:
 
     def __post_init__(self) -> None:
         require_choice("resize mode", self.resize_mode, RESIZE_MODES)
-        require_at_least("--imagesize", self.imagesize_px, 32)
+        require_at_least("--imagesize", self.imagesize_px, 32, 8192)
+        require_at_least("--resize", self.resize_px, 32, 16384)
         if self.imagesize_px > self.resize_px:
             raise ConfigurationError(
                 f"--imagesize {self.imagesize_px} is larger than --resize {self.resize_px}: a crop cannot be larger "
@@ -107,7 +112,7 @@ class DatasetConfig:
 
     def __post_init__(self) -> None:
         require_fraction("--train_val_split", self.train_val_split)
-        require_at_least("--batch_size", self.batch_size, 1)
+        require_at_least("--batch_size", self.batch_size, 1, 65536)
         require_at_least("--num_workers", self.num_workers, 0)
         if self.limit_train is not None:
             require_at_least("--limit_train", self.limit_train, 1)
@@ -176,7 +181,7 @@ class BackboneConfig:
     def __post_init__(self) -> None:
         require_choice("normalization", self.normalization, NORMALIZATIONS)
         if not self.layers:
-            raise ConfigurationError(f"backbone {self.name!r} has no layer: name at least one with -le")
+            raise ConfigurationError(f"backbone {self.name!r} has no layer: name at least one, such as -le layer2")
         if len(set(self.layers)) < len(self.layers):
             raise ConfigurationError(f"a layer is named twice in {', '.join(self.layers)}: name each -le once")
 
@@ -205,9 +210,9 @@ class PatchCoreConfig:
 
     def __post_init__(self) -> None:
         require_choice("embedding", self.embedding, EMBEDDINGS)
-        require_at_least("--pretrain_embed_dimension", self.pretrain_embed_dimension, 1)
-        require_at_least("--target_embed_dimension", self.target_embed_dimension, 1)
-        require_at_least("--patchsize", self.patchsize, 1)
+        require_at_least("--pretrain_embed_dimension", self.pretrain_embed_dimension, 1, 65536)
+        require_at_least("--target_embed_dimension", self.target_embed_dimension, 1, 65536)
+        require_at_least("--patchsize", self.patchsize, 1, 99)
         require_at_least("--anomaly_scorer_num_nn", self.num_nn, 1)
         if self.patchsize % 2 == 0:
             raise ConfigurationError(f"--patchsize is {self.patchsize}, expected an odd number so that it has a centre")
@@ -254,6 +259,10 @@ class RuntimeConfig:
     def __post_init__(self) -> None:
         if self.threads is not None:
             require_at_least("--threads", self.threads, 1)
+        for gpu in self.gpus:
+            require_at_least("--gpu", gpu, 0)
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]+)?", self.device):
+            raise ConfigurationError(f"--device {self.device!r} is unknown, expected auto, cpu, cuda, cuda:N or mps")
 
 
 @dataclass(frozen=True)
@@ -312,9 +321,13 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         require_choice("calibration", self.calibration, CALIBRATION_METHODS)
+        if not self.results_path.strip():
+            raise ConfigurationError("RESULTS_PATH is empty, expected the path of a folder")
         for what, value in (("--log_project", self.log_project), ("--log_group", self.log_group)):
             if not value.strip() or value in (".", "..") or "/" in value or "\\" in value or "\0" in value:
                 raise ConfigurationError(f"{what} is {value!r}, expected the plain name of one folder")
+            if len(os.fsencode(value)) > 200:  # file systems allow 255 bytes, and numbers are appended
+                raise ConfigurationError(f"{what} is longer than 200 bytes, which file systems may refuse: shorten it")
         if not self.seeds:
             raise ConfigurationError("no seed: name at least one --seed")
         for seed in self.seeds:

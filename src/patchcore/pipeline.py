@@ -21,7 +21,7 @@ import torch
 
 import patchcore
 import patchcore.methods  # enters every detector into the registry
-from patchcore.class_run import ClassTask, evaluate_class, open_dataset, train_class
+from patchcore.class_run import ClassTask, evaluate_class, open_dataset, outputs_exist, train_class
 from patchcore.configs import (
     DatasetConfig,
     OutputConfig,
@@ -184,6 +184,9 @@ def _process_classes(
         LOGGER.debug("%s begins", category)
         try:
             done = run_folder.load_class_result(task.folder, row_name) if skip_existing else None
+            if done is not None and not outputs_exist(task, row_name):
+                LOGGER.warning("%s: finished before, but files of it are gone: done anew", category)
+                done = None
             if done is not None:
                 LOGGER.info("%s: finished before, skipped", category)
             outcomes[row_name] = done or process(category)
@@ -283,6 +286,9 @@ def load_and_evaluate(
     Raises:
         ConfigurationError: Something is wrong with the arguments or a model; nothing has been written then.
     """
+    repeated = sorted({path for path in model_paths if model_paths.count(path) > 1})
+    if repeated:
+        raise ConfigurationError(f"model {repeated[0]!r} is named twice: name each -p once")
     headers = {Path(path): read_model_header(Path(path)) for path in model_paths}
     for path, header in headers.items():
         _require_agreement(path, header, method, typed)
@@ -291,7 +297,7 @@ def load_and_evaluate(
     dataset = replace(dataset, categories=tuple(paths), preprocessing=preprocessing)
     resolve_categories(dataset, dataset_class(dataset.name).categories, needs_training=False)
     target = Path(save_folder)
-    if target.name in ("", ".."):
+    if target.name in ("", "..") or target.is_file():
         raise ConfigurationError(f"SAVE_FOLDER is {save_folder!r}, expected the path of a folder to create")
     run_folder.require_writable(target.parent)
     set_threads(runtime.threads)

@@ -8,7 +8,7 @@ import os
 import resource
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -51,7 +51,8 @@ class _ConsoleHandler(logging.Handler):
         from tqdm import tqdm
 
         prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
-        tqdm.write(f"{prefix}{record.getMessage()}", file=sys.stderr)
+        with suppress(BrokenPipeError):  # nobody reads it any more: no reason to stop the work
+            tqdm.write(f"{prefix}{record.getMessage()}", file=sys.stderr)
 
 
 def log_to_console() -> None:
@@ -151,7 +152,7 @@ def set_threads(threads: int | None) -> None:
     if threads is not None:
         import torch
 
-        torch.set_num_threads(threads)
+        torch.set_num_threads(min(threads, available_cpus()))  # more would wait for one another
 
 
 def reset_peak_memory() -> None:

@@ -50,13 +50,25 @@ def run_with_exit_code(call: Callable[[], Any]) -> None:
     except ConfigurationError as error:
         _complain(str(error))
         code = EXIT_USAGE
-    except BrokenPipeError:  # the reader of our output has gone, as in `... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader of a help text has gone, as in `... | head`
+        _discard_output()
         code = EXIT_FAILED
     except OSError as error:  # a full disk, a folder that vanished; within a class this is that class's failure
         _complain(f"{error.filename or 'a file'} could not be read or written ({error.strerror or error})")
         code = EXIT_FAILED
     sys.exit(code or 0)
+
+
+def announce(line: str) -> None:
+    """Print a line for the user; a reader that has gone, as in `... | head`, does not stop the work."""
+    try:
+        click.echo(line)
+    except BrokenPipeError:
+        _discard_output()
+
+
+def _discard_output() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _complain(message: str) -> None:
@@ -182,5 +194,6 @@ def _width(option: str, takes_value: Mapping[str, bool]) -> int:
 
 def quiet_libraries() -> None:
     """Keep third-party chatter, which no user can act on, away from the terminal."""
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
     logging.getLogger("timm").setLevel(logging.ERROR)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)

@@ -8,16 +8,14 @@ from typing import Any
 
 import click
 
-from patchcore.cli.grammar import EXIT_FAILED, ChainedCommand, quiet_libraries
+from patchcore.cli.grammar import EXIT_FAILED, ChainedCommand, announce, quiet_libraries
 from patchcore.cli.steps import (
     AUGMENT_OPTION,
     CALIBRATION_OPTION,
     CATEGORIES_OPTION,
     DATASET_ARGUMENTS,
-    PREPROCESSING_OPTIONS,
     READING_OPTIONS,
     RUNTIME_OPTIONS,
-    TRAIN_VAL_SPLIT_OPTION,
     dataset_step,
     refuse,
     refuse_augment,
@@ -28,6 +26,7 @@ from patchcore.cli.steps import (
 from patchcore.configs import (
     EMBEDDINGS,
     NORMALIZATIONS,
+    RESIZE_MODES,
     BackboneConfig,
     DatasetConfig,
     OutputConfig,
@@ -88,12 +87,12 @@ def _run(
         skip_existing=skip_existing,
         runtime=runtime_config(gpus, device, threads),
     )
-    from patchcore.pipeline import train_and_evaluate
-
     log_to_console()
     quiet_libraries()
+    from patchcore.pipeline import train_and_evaluate
+
     config = replace(method, sampler=step["sampler"])
-    complete = train_and_evaluate("patchcore", config, run, step["dataset"], search, click.echo)
+    complete = train_and_evaluate("patchcore", config, run, step["dataset"], search, announce)
     return 0 if complete else EXIT_FAILED
 
 
@@ -168,9 +167,10 @@ def _backbone(
     names: tuple[str, ...], layers: tuple[str, ...], weights: tuple[str, ...], normalization: str
 ) -> BackboneConfig:
     """Combine what was typed for the backbone."""
-    if len(names) != 1:
-        found = ", ".join(names) or "none"
-        raise click.UsageError(f"{len(names)} backbones named ({found}), expected one -b: ensembles are not available")
+    if not names:
+        raise click.UsageError("no backbone named, expected one -b, for example -b wideresnet50 -le layer2 -le layer3")
+    if len(names) > 1:
+        raise click.UsageError(f"{len(names)} backbones named, expected one -b: ensembles are not available yet")
     if len(weights) > 1:
         raise click.UsageError(f"{len(weights)} --weights for one backbone, expected one per -b")
     chosen = weights[0] if weights else "pretrained"
@@ -207,10 +207,10 @@ def _load_and_evaluate(
     paths, search = step["patch_core_loader"]
     dataset, typed = step["dataset"]
     runtime: RuntimeConfig = runtime_config(gpus, device, threads)
-    from patchcore.pipeline import TypedPreprocessing, load_and_evaluate
-
     log_to_console()
     quiet_libraries()
+    from patchcore.pipeline import TypedPreprocessing, load_and_evaluate
+
     complete = load_and_evaluate(
         method="patchcore",
         model_paths=paths,
@@ -220,7 +220,7 @@ def _load_and_evaluate(
         outputs=OutputConfig(save_segmentation_images, False, save_anomaly_scores),
         runtime=runtime,
         search=search,
-        announce=click.echo,
+        announce=announce,
     )
     return 0 if complete else EXIT_FAILED
 
@@ -240,22 +240,22 @@ def patch_core_loader_step(
 @load_and_evaluate_patchcore.command("dataset", short_help="What to read: [OPTIONS] mvtec|mpdd|folder DATA_PATH")
 @with_options(
     CATEGORIES_OPTION,
-    TRAIN_VAL_SPLIT_OPTION,
-    *PREPROCESSING_OPTIONS,
+    click.option("--resize", type=int, default=None, help="The model's; a typed one must agree."),
+    click.option("--imagesize", type=int, default=None, help="The model's; a typed one must agree."),
+    click.option("--resize_mode", type=click.Choice(RESIZE_MODES), help="The model's; a typed one must agree."),
     *READING_OPTIONS,
+    click.option("--train_val_split", type=float, default=1.0, help="Only 1: stored models are not trained again."),
     AUGMENT_OPTION,
     *DATASET_ARGUMENTS,
 )
-@click.pass_context
 def stored_dataset_step(
-    context: click.Context,
     name: str,
     data_path: str,
     categories: tuple[str, ...],
     train_val_split: float,
-    resize: int,
-    imagesize: int,
-    resize_mode: str,
+    resize: int | None,
+    imagesize: int | None,
+    resize_mode: str | None,
     batch_size: int,
     num_workers: int,
     limit_test: int | None,
@@ -264,13 +264,7 @@ def stored_dataset_step(
     """Read the test images; resize and crop are those of the models, typed ones must agree."""
     refuse("--train_val_split", train_val_split, 1.0, "stored models are not trained again")
     refuse_augment(augment)
-    values = {"resize": resize, "imagesize": imagesize, "resize_mode": resize_mode}
-    typed = {
-        name: value
-        for name, value in values.items()
-        if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
-    }
-    fields = {"resize": "resize_px", "imagesize": "imagesize_px", "resize_mode": "resize_mode"}
+    typed = {"resize_px": resize, "imagesize_px": imagesize, "resize_mode": resize_mode}
     dataset = DatasetConfig(
         name=name,
         path=data_path,
@@ -279,7 +273,7 @@ def stored_dataset_step(
         num_workers=num_workers,
         limit_test=limit_test,
     )
-    return "dataset", (dataset, {fields[name]: value for name, value in typed.items()})
+    return "dataset", (dataset, typed)
 
 
 run_patchcore.add_command(sampler_step)

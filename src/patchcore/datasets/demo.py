@@ -195,16 +195,16 @@ def check_demo_config(config: DemoConfig) -> None:
         raise ConfigurationError(
             f"demo categories {list(config.categories)}: name each category once, at least one of {known}"
         )
-    for name, minimum in (
-        ("image_size_px", MIN_SIZE_PX),
-        ("num_train", 1),
-        ("num_test_good", 0),
-        ("num_test_defect", 0),
-        ("seed", 0),
+    for option, name, minimum in (
+        ("--size", "image_size_px", MIN_SIZE_PX),
+        ("--num_train", "num_train", 1),
+        ("--num_test_good", "num_test_good", 0),
+        ("--num_test_defect", "num_test_defect", 0),
+        ("--seed", "seed", 0),
     ):
         value = getattr(config, name)
         if value < minimum:
-            raise ConfigurationError(f"{name} is {value}, expected at least {minimum}: give a larger value")
+            raise ConfigurationError(f"{option} is {value}, expected at least {minimum}: give a larger value")
 
 
 def _config_text(config: DemoConfig) -> str:

@@ -16,6 +16,7 @@ from patchcore.configs import PreprocessingConfig
 from patchcore.errors import DataError
 
 IGNORED = 255  # mask value of padding: neither normal nor defect
+FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")  # whatever the suffix says: EPS would start a program
 PADDING_RGB = (124, 116, 104)  # ImageNet's mean colour: close to 0 once the backbone has normalised it
 TIFF_WIDTH, TIFF_HEIGHT, TIFF_BITS_PER_SAMPLE, TIFF_SAMPLE_FORMAT = 256, 257, 258, 339
 TIFF_SIGNED = 2
@@ -127,7 +128,7 @@ def _opened(path: Path, what: str) -> Iterator[Image.Image]:
     """Open an image file; what Pillow raises meanwhile becomes a DataError that names the file."""
     try:
         # Not by name: from version 11 on, Pillow maps a named uncompressed TIFF wrongly if EXIF turns it on its side.
-        with path.open("rb") as file, Image.open(file) as image:
+        with path.open("rb") as file, Image.open(file, formats=FORMATS) as image:
             yield image
     except UNREADABLE as error:
         raise DataError(

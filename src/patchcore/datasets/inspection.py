@@ -30,6 +30,7 @@ LOGGER = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 GOOD = "good"
+MAX_RESIZED_PIXELS = 200_000_000  # a line of pixels resized by its shorter side would fill the memory
 DARK_LEVEL = 32  # 12 bits that a camera stored as 16 reach 16 of 255
 
 
@@ -81,7 +82,9 @@ def list_images(folder: Path) -> list[Path]:
 
 
 def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and not path.is_dir()
+    if path.suffix.lower() not in IMAGE_SUFFIXES or path.name.startswith("."):
+        return False
+    return path.is_file() or (path.is_symlink() and not path.exists())  # a broken link is reported when it is read
 
 
 def _subfolders(folder: Path) -> list[Path]:
@@ -233,6 +236,11 @@ class InspectionDataset(Dataset[Any]):
         record = self.records[index]
         image = read_image(record.path)
         placement = place(image.height, image.width, self.preprocessing)
+        if placement.height * placement.width > MAX_RESIZED_PIXELS:
+            raise DataError(
+                f"{record.path}: {image.width} x {image.height} px is too long to be resized by its shorter side: "
+                "use --resize_mode letterbox or square"
+            )
         pixels = torch.from_numpy(crop_image(image, placement).copy())  # [S, S, 3]
         item = {"image": pixels.permute(2, 0, 1), "index": index}  # [3, S, S]
         if self.split is DatasetSplit.TEST and self.has_masks:
@@ -290,7 +298,7 @@ class InspectionDataset(Dataset[Any]):
                 "%s: the centre crop loses %.0f %% of %s (%.0f %% of a square image): "
                 "--resize_mode letterbox keeps long images whole",
                 self.category,
-                100 * lost,
+                min(100 * lost, 99),  # never "all of it"
                 path.name,
                 100 * allowed,
             )

@@ -42,7 +42,7 @@ class ThresholdMetrics:
     """Metrics of the decisions at one threshold; None where the denominator is empty.
 
     Attributes:
-        precision: Share of the flagged images that are anomalous; None if none is flagged.
+        precision: Share of the flagged images that are anomalous; None if none is flagged or none is anomalous.
         recall: Share of the anomalous images that are flagged; None if none is anomalous.
         f1: Harmonic mean of both, 0 if no anomalous image is flagged; None if none is anomalous.
         false_alarm_rate: Share of the good images that are flagged; None if none is good.
@@ -120,7 +120,7 @@ def threshold_metrics(scores: np.ndarray, labels: np.ndarray, threshold: float) 
     hits = int(np.count_nonzero(flagged & labels))
     num_flagged, num_anomalous = int(np.count_nonzero(flagged)), int(np.count_nonzero(labels))
     return ThresholdMetrics(
-        precision=_ratio(hits, num_flagged),
+        precision=_ratio(hits, num_flagged) if num_anomalous else None,
         recall=_ratio(hits, num_anomalous),
         f1=2 * hits / (num_flagged + num_anomalous) if num_anomalous else None,
         false_alarm_rate=_ratio(num_flagged - hits, len(labels) - num_anomalous),

@@ -16,7 +16,7 @@ PANEL_PX = 288  # side of one panel: text of 15 px stays readable beside it
 GAP_PX = 12
 HEADER_PX = 58
 FOOTER_PX = 30
-SCALE_PX = 150  # width of the colour scale and its labels
+SCALE_PX = 185  # width of the colour scale and its labels
 BACKGROUND = (255, 255, 255)
 INK = (33, 37, 41)
 MUTED = (95, 102, 110)
@@ -132,7 +132,7 @@ def _draw_caption(draw: ImageDraw.ImageDraw, caption: Caption, width: int) -> No
     if caption.threshold is not None:
         anomalous = caption.score > caption.threshold
         verdict = "ANOMALOUS" if anomalous else "normal"
-        text += f"   threshold {caption.threshold:.3g}   {verdict}"
+        text += f"   image threshold {caption.threshold:.3g}   {verdict}"
         colour = ALARM if anomalous else INK
     draw.text((GAP_PX, 29), text, fill=colour, font=_font(19))
 
@@ -177,7 +177,7 @@ def _draw_scale(canvas: Image.Image, draw: ImageDraw.ImageDraw, left: int, scale
     )
     marks = [(scale.high, f"{scale.high:.3g}"), (scale.low, f"{scale.low:.3g}")]
     if scale.threshold is not None:
-        marks.append((scale.threshold, f"threshold {scale.threshold:.3g}"))
+        marks.append((scale.threshold, f"pixel threshold {scale.threshold:.3g}"))
     for value, label in marks:
         level = float(scale.levels(np.array(value)))
         y = HEADER_PX + round((1 - level) * (PANEL_PX - 1))

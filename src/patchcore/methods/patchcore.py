@@ -63,6 +63,11 @@ class PatchEmbedder:
         channels = [extractor.feature_shapes[layer][0] for layer in extractor.layers]
         self.extractor = extractor
         self.grid = extractor.feature_shapes[extractor.layers[0]][1:]
+        if config.patchsize >= 2 * min(self.grid):
+            raise ConfigurationError(
+                f"--patchsize {config.patchsize} reaches beyond the {self.grid[0]} x {self.grid[1]} grid of layer "
+                f"{extractor.layers[0]!r} from every place: use {2 * min(self.grid) - 1} or less"
+            )
         self.embedding: ConcatEmbedding | PooledEmbedding
         if config.embedding == "concat":
             self.embedding = ConcatEmbedding(channels, config.patchsize)
@@ -143,7 +148,7 @@ class PatchCore(AnomalyDetector):
             DataError: There are no images, or fewer patches are kept than neighbours are asked for.
         """
         if loader.num_images == 0:
-            raise DataError(f"{self.source.category}: no training images, expected at least one")
+            raise DataError("no training images, expected at least one")
         embeddings = self._embed_all(loader)
         points = self.sampler.reduce(embeddings.flatten(0, 1), self._generator("coreset"))
         chosen = self.sampler.select_reduced(points, self._generator("selection"))
@@ -173,7 +178,7 @@ class PatchCore(AnomalyDetector):
     def _fitted_scorer(self, bank: torch.Tensor, what: str, remedy: str) -> NearestNeighbourScorer:
         if len(bank) < self.config.num_nn:
             raise DataError(
-                f"{self.source.category}: the {what} has {len(bank)} patch(es), --anomaly_scorer_num_nn "
+                f"the {what} has {len(bank)} patch(es), --anomaly_scorer_num_nn "
                 f"{self.config.num_nn} needs as many: keep more patches (sampler -p) or {remedy}"
             )
         neighbours = build_nearest_neighbours(self.search.faiss_on_gpu, self.search.faiss_num_workers, self.device)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from patchcore.errors import ConfigurationError
 
 THRESHOLD_STDS = 3.0
 NUM_FOLDS = 5
@@ -27,6 +30,10 @@ class ScoreScale:
     mean: float
     std: float
     threshold: float
+
+    def __post_init__(self) -> None:
+        if not all(map(math.isfinite, (self.mean, self.std, self.threshold))):
+            raise ConfigurationError(f"score scale {self} is not finite: train or calibrate the model anew")
 
     def normalized(self, scores: np.ndarray) -> np.ndarray:
         """Map raw scores strictly monotonically to (0, 1), the threshold to 0.5.

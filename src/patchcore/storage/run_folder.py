@@ -153,7 +153,7 @@ def require_same_config(folder: Path, config: Mapping[str, Any]) -> None:
     """Raise ConfigurationError with the differences unless the folder's run had this configuration."""
     path = folder / "config.json"
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))["config"]
+        stored = dict(json.loads(path.read_text(encoding="utf-8"))["config"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigurationError(
             f"--skip_existing: {str(folder)!r} holds no readable config.json: choose another --log_group"
