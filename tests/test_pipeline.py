@@ -607,7 +607,8 @@ def test_a_pipe_with_an_image_suffix_is_passed_over(small_dataset: Path, tmp_pat
 
 
 def test_skip_existing_makes_files_that_are_gone_anew(small_dataset: Path, tmp_path: Path) -> None:
-    command = [*COMMON, "--skip_existing", "--save_patchcore_model", "--save_segmentation_images", tmp_path / "out"]
+    outputs = ("--save_patchcore_model", "--save_segmentation_images", "--save_anomaly_scores")
+    command = [*COMMON, "--skip_existing", *outputs, tmp_path / "out"]
     steps = small_run(small_dataset, "plate")
     folder = tmp_path / "out" / "project" / "group"
     for gone in ("models", "segmentation_images", "anomaly_scores"):
@@ -616,6 +617,9 @@ def test_skip_existing_makes_files_that_are_gone_anew(small_dataset: Path, tmp_p
     done = invoke(run_patchcore, *command, *steps)
     assert done.code == 0 and "files of it are gone" in done.err
     assert (folder / "anomaly_scores" / "mpdd_plate.csv").exists()
+    (folder / "anomaly_scores" / "mpdd_plate.npz").unlink()
+    assert "files of it are gone" in invoke(run_patchcore, *command, *steps).err
+    assert invoke(run_patchcore, *command, *steps).err.count("skipped") == 1
 
 
 def test_good_images_alone_leave_every_decision_cell_blank(small_dataset: Path, tmp_path: Path) -> None:

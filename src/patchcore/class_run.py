@@ -87,6 +87,8 @@ def outputs_exist(task: ClassTask, row_name: str) -> bool:
     """Return whether what a run was asked for is there for a class; single pictures are not counted."""
     scores = task.folder / "anomaly_scores"
     wanted = [scores / f"{row_name}.csv"]
+    if task.outputs.anomaly_maps:
+        wanted.append(scores / f"{row_name}.npz")
     if task.outputs.models:
         wanted.append(task.folder / "models" / row_name)
     if task.outputs.segmentation_images:
