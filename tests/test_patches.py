@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -14,13 +14,7 @@ GRIDS = ((9, 7), (5, 4), (2, 3))  # of the first, second and third layer: not sq
 BATCH = 2
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Many small operations: threads cost more than they gain, far more where other processes are busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def random_maps(channels: Sequence[int], seed: int = 0) -> list[torch.Tensor]:

@@ -630,6 +630,16 @@ def test_good_images_alone_leave_every_decision_cell_blank(small_dataset: Path, 
     assert set(row.values()) == {"mpdd_plate", ""}
 
 
+def test_a_class_at_fault_does_not_stop_the_check_of_held_out_images(small_dataset: Path, tmp_path: Path) -> None:
+    good = small_dataset / "plate" / "train" / "good"
+    shutil.copy(good / "000.png", good / "000.bmp")
+    options = ("--calibration", "split", tmp_path / "out")
+    steps = small_run(small_dataset, "plate", "rod", reading=("--train_val_split", "0.5"))
+    done = invoke(run_patchcore, *COMMON, *options, *steps)
+    assert done.code == 1 and "plate failed" in done.err and "Traceback" not in done.err
+    assert (tmp_path / "out" / "project" / "group" / "class_results" / "mpdd_rod.json").exists()
+
+
 def test_empty_masks_are_told(small_dataset: Path, tmp_path: Path) -> None:
     black = Image.new("L", (64, 64))
     black.save(small_dataset / "plate" / "ground_truth" / "spot" / "001_mask.png")
