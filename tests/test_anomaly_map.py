@@ -90,6 +90,13 @@ def test_double_scores_are_accepted() -> None:
     assert torch.equal(anomaly_maps(patch_scores, 48), anomaly_maps(patch_scores.float(), 48))
 
 
-def test_image_score_is_the_maximum_by_hand() -> None:
+def test_image_score_by_hand() -> None:
     patch_scores = torch.tensor([[[0.0, 2.0], [1.0, -1.0]], [[-3.0, -2.0], [-5.0, -4.0]]])
     assert image_scores(patch_scores).tolist() == [2.0, -2.0]
+    assert image_scores(patch_scores, "mean").tolist() == [0.5, -3.5]
+    assert image_scores(patch_scores, "topk").tolist() == [2.0, -2.0]  # a percent of four patches: one
+
+
+def test_topk_is_the_mean_of_the_highest_percent() -> None:
+    patch_scores = torch.arange(400.0).view(1, 20, 20)
+    assert image_scores(patch_scores, "topk").tolist() == [(396 + 397 + 398 + 399) / 4]

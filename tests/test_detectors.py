@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 import patchcore.methods  # noqa: F401  # fills the registry
 from patchcore.configs import (
     BackboneConfig,
+    EnsembleConfig,
     PatchCoreConfig,
     PreprocessingConfig,
     SamplerConfig,
@@ -25,14 +27,17 @@ from patchcore.prediction import load_detector
 CPU = torch.device("cpu")
 PREPROCESSING = PreprocessingConfig(64, 64)
 
+PATCHCORE = PatchCoreConfig(
+    BackboneConfig("efficientnet_lite0", ("blocks.1", "blocks.2"), weights="random"),
+    SamplerConfig("approx_greedy_coreset", 0.2),
+    target_embed_dimension=64,
+    num_nn=2,
+)
+
 # One small configuration for each method: a new entry of the registry needs one line here.
 EXAMPLES: dict[str, Any] = {
-    "patchcore": PatchCoreConfig(
-        BackboneConfig("efficientnet_lite0", ("blocks.1", "blocks.2"), weights="random"),
-        SamplerConfig("approx_greedy_coreset", 0.2),
-        target_embed_dimension=64,
-        num_nn=2,
-    ),
+    "patchcore": PATCHCORE,
+    "ensemble": EnsembleConfig((PATCHCORE, replace(PATCHCORE, patchsize=5, seed=3))),
 }
 
 

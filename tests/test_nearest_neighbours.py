@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -211,8 +212,33 @@ def test_scorer_averages_the_distances_of_k_neighbours() -> None:
     bank = torch.tensor([[0.0], [1.0], [3.0], [10.0]])
     queries = torch.tensor([[0.0], [4.0]])
     for k, expected in [(1, [0.0, 1.0]), (2, [0.5, 2.0]), (3, [4 / 3, 8 / 3])]:
-        scores = NearestNeighbourScorer(k, TorchNN(CPU)).fit(bank).score(queries)
+        scores = NearestNeighbourScorer(k, TorchNN(CPU)).fit(bank).score(queries)[0]
         torch.testing.assert_close(scores, torch.tensor(expected))
+
+
+def test_scorer_names_the_nearest_row() -> None:
+    bank = torch.tensor([[0.0], [1.0], [3.0], [10.0]])
+    _, rows = NearestNeighbourScorer(3, TorchNN(CPU)).fit(bank).score(torch.tensor([[0.2], [4.0], [9.0]]))
+    assert rows.tolist() == [0, 2, 3]
+
+
+def test_neighbourhood_weight_by_hand() -> None:
+    """The nearest member of (0, 1) is (0, 0), whose own neighbourhood of two is itself and (3, 4)."""
+    bank = torch.tensor([[0.0, 0.0], [3.0, 4.0], [30.0, 40.0]])
+    scorer = NearestNeighbourScorer(1, TorchNN(CPU)).fit(bank)
+    query = torch.tensor([[0.0, 1.0]])
+    weight = scorer.neighbourhood_weights(query, torch.tensor([0]), 2)
+    expected = 1 - math.exp(1) / (math.exp(1) + math.exp(math.sqrt(18)))
+    assert weight.tolist() == pytest.approx([expected], rel=1e-6)
+
+
+def test_neighbourhood_weights_lie_between_0_and_1_even_where_exp_overflows() -> None:
+    bank = torch.tensor([[0.0], [1.0], [2.0], [5000.0]])
+    scorer = NearestNeighbourScorer(1, TorchNN(CPU)).fit(bank)
+    queries = torch.tensor([[-900.0], [5100.0], [1.0]])
+    weights = scorer.neighbourhood_weights(queries, torch.tensor([0, 3, 1]), 3)
+    assert bool(((weights > 0) & (weights <= 1)).all())
+    assert float(weights[1]) == pytest.approx(1)  # alone: its neighbours are 5000 away
 
 
 @pytest.mark.parametrize("k", [0, 3])

@@ -71,6 +71,7 @@ def test() -> torch.Tensor:
 
 def build(extractor: FeatureExtractor, seed: int = 0, category: str = "plate", **changes: object) -> PatchCore:
     sampler = changes.pop("sampler", SamplerConfig("identity", 1.0))
+    changes |= {"seed": changes.pop("config_seed", None)}
     config = PatchCoreConfig(BACKBONE, sampler, **{"num_nn": 1, **changes})  # type: ignore[arg-type]
     embedder = PatchEmbedder(extractor, config)
     return PatchCore(config, embedder, PREPROCESSING, TrainingSource("mpdd", category, seed))
@@ -161,7 +162,7 @@ def test_the_bank_follows_seed_and_category_alone(extractor: FeatureExtractor, t
 
 def test_the_bank_holds_patches_of_the_training_images(extractor: FeatureExtractor, train: torch.Tensor) -> None:
     model = build(extractor, sampler=SamplerConfig("approx_greedy_coreset", 0.25)).fit(Batches(train))
-    everything = model.embedder(train).flatten(0, 1)
+    everything = model.embedder(extractor(train)).flatten(0, 1)
     assert len(model.memory_bank_) == len(everything) // 4
     distances = torch.cdist(
         model.memory_bank_.double(), everything.double(), compute_mode="donot_use_mm_for_euclid_dist"
@@ -176,6 +177,66 @@ def test_fitting_again_forgets_the_first_images(
     twice = build(extractor).fit(Batches(test)).fit(Batches(train))
     once = build(extractor).fit(Batches(train))
     np.testing.assert_array_equal(twice.predict(test).scores, once.predict(test).scores)
+
+
+# ---------------------------------------------------------------- options
+
+
+def test_reweighting_equals_a_brute_force_of_equation_7(
+    extractor: FeatureExtractor, train: torch.Tensor, test: torch.Tensor
+) -> None:
+    support = 4
+    bank, queries = (plain_embeddings(extractor, images, concat=True).double() for images in (train, test))
+    distances = torch.cdist(queries, bank).view(len(test), 64, len(bank))
+    expected = []
+    for of_image in distances:
+        worst = int(of_image.amin(dim=1).argmax())
+        nearest = int(of_image[worst].argmin())
+        around = torch.cdist(bank[nearest : nearest + 1], bank)[0].argsort()[:support]
+        share = torch.exp(of_image[worst, nearest]) / torch.exp(of_image[worst, around]).sum()
+        expected.append(float((1 - share) * of_image[worst, nearest]))
+    plain = build(extractor, embedding="concat").fit(Batches(train)).predict(test)
+    weighted = build(extractor, embedding="concat", score_reweighting=support).fit(Batches(train)).predict(test)
+    np.testing.assert_allclose(weighted.scores, expected, rtol=1e-4)
+    assert (weighted.scores < plain.scores).all()
+    np.testing.assert_array_equal(weighted.maps, plain.maps)
+
+
+def test_reweighting_beyond_the_bank_names_the_option(extractor: FeatureExtractor, train: torch.Tensor) -> None:
+    model = build(extractor, score_reweighting=20, sampler=SamplerConfig("random", 0.25))
+    with pytest.raises(DataError, match=r"has 16 patch\(es\), --score_reweighting 20"):
+        model.fit(Batches(train[:1]))
+
+
+@pytest.mark.parametrize("patchscore", ["max", "mean", "topk"])
+def test_patchscore_says_which_patches_make_the_image_score(
+    patchscore: str, extractor: FeatureExtractor, train: torch.Tensor, test: torch.Tensor
+) -> None:
+    model = build(extractor, patchscore=patchscore).fit(Batches(train))
+    patches = model.score_features(extractor(test)).patches.flatten(1).numpy()
+    expected = patches.mean(axis=1) if patchscore == "mean" else patches.max(axis=1)  # one percent of 64 is one patch
+    np.testing.assert_allclose(model.predict(test).scores, expected, rtol=1e-6)
+
+
+def test_further_patch_sizes_equal_the_concatenated_sizes(
+    extractor: FeatureExtractor, train: torch.Tensor, test: torch.Tensor
+) -> None:
+    """Squared distances of concatenated embeddings are sums of those of their parts."""
+    both = build(extractor, embedding="concat", patchsize_aggregate=(5,)).fit(Batches(train))
+    parts = [build(extractor, embedding="concat", patchsize=p).fit(Batches(train)) for p in (3, 5)]
+    assert both.memory_bank_.shape[1] == sum(p.memory_bank_.shape[1] for p in parts)
+    squared = [
+        torch.cdist(p.embedder(extractor(test)).flatten(0, 1).double(), p.memory_bank_.double()) ** 2 for p in parts
+    ]
+    expected = (squared[0] + squared[1]).amin(dim=1).sqrt().view(len(test), 64).amax(dim=1)
+    np.testing.assert_allclose(both.predict(test).scores, expected.numpy(), rtol=1e-4)
+
+
+def test_a_seed_of_its_own_stands_in_for_the_runs(extractor: FeatureExtractor, train: torch.Tensor) -> None:
+    sampler = SamplerConfig("approx_greedy_coreset", 0.2)
+    own = build(extractor, seed=0, sampler=sampler, config_seed=7).fit(Batches(train))
+    of_run = build(extractor, seed=7, sampler=sampler).fit(Batches(train))
+    assert torch.equal(own.memory_bank_, of_run.memory_bank_)
 
 
 # ---------------------------------------------------------------- calibration

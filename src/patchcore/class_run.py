@@ -120,6 +120,12 @@ def _calibrate(
     """Calibrate on normal images that the scores' model has not seen; None where there are too few."""
     if method == "none":
         return None
+    if not detector.can_calibrate:
+        LOGGER.warning(
+            "%s: scores that are scaled over the test images have no threshold: decisions are left blank",
+            held_out.category,
+        )
+        return None
     if method == "kfold":
         calibration = detector.out_of_fold_calibration()
         if calibration is None:
@@ -128,33 +134,29 @@ def _calibrate(
     if len(held_out) < 2:
         raise DataError(f"{len(held_out)} image(s) held out, calibration needs 2: lower --train_val_split")
     result = _predict(detector, _loader(task, held_out), keep_images=False)
-    statistics = None
-    if result.maps is not None:
-        statistics = MapStatistics(result.maps.max(axis=(1, 2)), result.maps.mean(axis=(1, 2)))
+    statistics = MapStatistics.of([result.maps]) if result.maps is not None else None
     return calibrate("split", 1, result.scores, statistics)
 
 
 def _predict(detector: AnomalyDetector, loader: ImageLoader, keep_images: bool) -> _TestResult:
     """Score all images of a loader, and time it."""
-    scores, maps, masks, images = [], [], [], []
+    predictions, masks, images = [], [], []
     started = time.perf_counter()
     for batch in progress(loader, f"{loader.dataset.category}: scoring", total=len(loader)):
-        prediction = detector.predict(batch["image"])
-        scores.append(prediction.scores)
-        if prediction.maps is not None:
-            maps.append(prediction.maps)
+        predictions.append(detector.predict(batch["image"]))
         if "mask" in batch:
             masks.append(batch["mask"].numpy())
         if keep_images:
             images.append(batch["image"].numpy())
+    prediction = detector.join(predictions)
     seconds = time.perf_counter() - started
     timings: dict[str, float | int | None] = {
         "test_images": loader.num_images,
         "images_per_second": loader.num_images / seconds,
     }
     return _TestResult(
-        np.concatenate(scores),
-        np.concatenate(maps) if maps else None,
+        prediction.scores,
+        prediction.maps,
         np.concatenate(masks) if masks else None,
         np.concatenate(images) if images else None,
         timings,

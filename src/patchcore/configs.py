@@ -24,6 +24,8 @@ EMBEDDINGS = ("pooled", "concat")
 NORMALIZATIONS = ("imagenet", "backbone")
 DEMO_CATEGORIES = ("metal_plate", "bracket_black", "bracket_brown", "bracket_white")
 CALIBRATION_METHODS = ("none", "kfold", "split")
+PATCH_SCORES = ("max", "mean", "topk")
+SCORE_NORMALIZATIONS = ("calibrated", "minmax")
 
 C = TypeVar("C")
 
@@ -198,6 +200,11 @@ class PatchCoreConfig:
         target_embed_dimension: Channels of a patch embedding; "pooled" only.
         patchsize: Side of the neighbourhood, odd.
         num_nn: Neighbours whose distances are averaged, k.
+        patchsize_aggregate: Sides of further neighbourhoods, odd; the embedding holds all sizes.
+        patchscore: What of an image's patch scores is its score: one of PATCH_SCORES.
+        score_reweighting: Bank members around the nearest one whose distances re-weight the image score (Eq. 7 of the
+            paper), >= 2; None leaves the score as it is.
+        seed: Seed of this model's coreset in place of the run's; None takes the run's.
     """
 
     backbone: BackboneConfig
@@ -207,20 +214,67 @@ class PatchCoreConfig:
     target_embed_dimension: int = 1024
     patchsize: int = 3
     num_nn: int = 5
+    patchsize_aggregate: tuple[int, ...] = ()
+    patchscore: str = "max"
+    score_reweighting: int | None = None
+    seed: int | None = None
+
+    @property
+    def patchsizes(self) -> tuple[int, ...]:
+        """All sides of neighbourhoods."""
+        return (self.patchsize, *self.patchsize_aggregate)
 
     def __post_init__(self) -> None:
         require_choice("embedding", self.embedding, EMBEDDINGS)
+        require_choice("--patchscore", self.patchscore, PATCH_SCORES)
         require_at_least("--pretrain_embed_dimension", self.pretrain_embed_dimension, 1, 65536)
         require_at_least("--target_embed_dimension", self.target_embed_dimension, 1, 65536)
-        require_at_least("--patchsize", self.patchsize, 1, 99)
         require_at_least("--anomaly_scorer_num_nn", self.num_nn, 1)
-        if self.patchsize % 2 == 0:
-            raise ConfigurationError(f"--patchsize is {self.patchsize}, expected an odd number so that it has a centre")
+        self._require_patchsizes()
+        if self.score_reweighting is not None:
+            require_at_least("--score_reweighting", self.score_reweighting, 2)
+            if self.patchscore != "max":
+                raise ConfigurationError(
+                    f"--score_reweighting weighs the highest patch score, --patchscore {self.patchscore} has no such "
+                    "one: leave one of the two out"
+                )
+        if self.seed is not None:
+            require_at_least("seed of a backbone", self.seed, 0)
         dimensions = (self.pretrain_embed_dimension, self.target_embed_dimension)
         if self.embedding == "concat" and dimensions != (1024, 1024):
             raise ConfigurationError(
                 f"--embedding concat keeps every channel, but dimensions {dimensions[0]} and {dimensions[1]} were "
                 "asked for: leave --pretrain_embed_dimension and --target_embed_dimension out, or use pooled"
+            )
+
+    def _require_patchsizes(self) -> None:
+        further = [("--patchsize_aggregate", size) for size in self.patchsize_aggregate]
+        for name, size in [("--patchsize", self.patchsize), *further]:
+            require_at_least(name, size, 1, 99)
+            if size % 2 == 0:
+                raise ConfigurationError(f"{name} is {size}, expected an odd number so that it has a centre")
+        if len(set(self.patchsizes)) < len(self.patchsizes):
+            raise ConfigurationError(f"patch sizes {self.patchsizes}: one is named twice, name each once")
+
+
+@dataclass(frozen=True)
+class EnsembleConfig:
+    """Several PatchCore models whose scores are averaged.
+
+    Attributes:
+        members: The models, two or more.
+        score_normalization: How members come to one scale: "calibrated" by normal images, "minmax" over the test
+            images that are scored together, as the original does.
+    """
+
+    members: tuple[PatchCoreConfig, ...]
+    score_normalization: str = "calibrated"
+
+    def __post_init__(self) -> None:
+        require_choice("--score_normalization", self.score_normalization, SCORE_NORMALIZATIONS)
+        if len(self.members) < 2:
+            raise ConfigurationError(
+                f"an ensemble of {len(self.members)} member(s), expected two or more: name each -b"
             )
 
 

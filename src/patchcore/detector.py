@@ -7,7 +7,7 @@ A detector is complete after construction. `fit` sees normal images and learns a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
@@ -28,10 +28,12 @@ class Prediction:
     Attributes:
         scores: float32 [B], image scores.
         maps: float32 [B, S, S], anomaly maps at the size of the images; None for methods without maps.
+        members: What each member of an ensemble gave, where the scores depend on the images scored together.
     """
 
     scores: np.ndarray
     maps: np.ndarray | None
+    members: tuple[Prediction, ...] = ()
 
 
 class ImageBatches(Protocol):
@@ -112,6 +114,16 @@ class AnomalyDetector(ABC):
             ConfigurationError: Configuration and tensors do not fit each other.
         """
 
+    @property
+    def can_calibrate(self) -> bool:
+        """Whether the score of an image stands for itself, so that a threshold means something."""
+        return True
+
+    def join(self, predictions: Sequence[Prediction]) -> Prediction:
+        """Join the predictions of the batches of one test set, at least one."""
+        maps = [p.maps for p in predictions if p.maps is not None]
+        return Prediction(np.concatenate([p.scores for p in predictions]), np.concatenate(maps) if maps else None)
+
     def release_training_data(self) -> None:  # noqa: B027  # most methods keep nothing
         """Free what only calibration needs; called once it is over."""
 
@@ -140,6 +152,16 @@ def require_tensor(tensors: Mapping[str, torch.Tensor], name: str, ndim: int) ->
         found = f"rank {tensors[name].ndim}" if name in tensors else ", ".join(sorted(tensors)) or "no tensors"
         raise ConfigurationError(f"model tensor {name!r} of rank {ndim} expected, found {found}: train the model anew")
     return tensors[name]
+
+
+def require_images(images: torch.Tensor, preprocessing: PreprocessingConfig) -> None:
+    """Raise ValueError unless a batch has the shape that the preprocessing gives."""
+    side = preprocessing.imagesize_px
+    if images.ndim != 4 or images.shape[1:] != (3, side, side):
+        raise ValueError(
+            f"found images of shape {list(images.shape)}, expected [B, 3, {side}, {side}]: "
+            "resize and crop them as the model's preprocessing says"
+        )
 
 
 DetectorBuilder = Callable[[TrainingSource, torch.device], AnomalyDetector]

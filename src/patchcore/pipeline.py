@@ -260,7 +260,7 @@ class TypedPreprocessing:
 
 
 def load_and_evaluate(
-    method: str,
+    methods: Sequence[str],
     model_paths: Sequence[str],
     typed: TypedPreprocessing,
     dataset: DatasetConfig,
@@ -273,7 +273,7 @@ def load_and_evaluate(
     """Evaluate stored models; the numbers are those of the run that trained them.
 
     Args:
-        method: The method the models must be of.
+        methods: The methods the models may be of.
         model_paths: Model folders.
         typed: Resize and crop as typed; they must agree with those of the models.
         dataset: What to read; its preprocessing is taken from the models.
@@ -294,7 +294,7 @@ def load_and_evaluate(
         raise ConfigurationError(f"model {repeated[0]!r} is named twice: name each -p once")
     headers = {Path(path): read_model_header(Path(path)) for path in model_paths}
     for path, header in headers.items():
-        _require_agreement(path, header, method, typed)
+        _require_agreement(path, header, methods, typed)
     preprocessing = _shared_preprocessing(headers)
     paths = _match_models(headers, dataset.categories)
     dataset = replace(dataset, categories=tuple(paths), preprocessing=preprocessing)
@@ -310,7 +310,7 @@ def load_and_evaluate(
     folder = run_folder.claim_folder(target.parent, target.name)
     task = ClassTask(folder, dataset, outputs, device)
     identity = {
-        "method": method,
+        "methods": {category: model.header.method for category, model in models.items()},
         "models": {category: str(model.folder.resolve()) for category, model in models.items()},
         "dataset": config_to_dict(dataset),
         "outputs": config_to_dict(outputs),
@@ -339,7 +339,7 @@ def _open_models(models: dict[str, tuple[Path, ModelHeader]], search: SearchConf
     builders: dict[str, DetectorBuilder] = {}
     opened: dict[str, StoredModel] = {}
     for category, (path, header) in progress(models.items(), "models"):
-        key = json.dumps(header.config, sort_keys=True)
+        key = json.dumps([header.method, header.config], sort_keys=True)
         if key not in builders:
             builders[key] = prepare_stored(header, str(path), search)
         opened[category] = StoredModel(path, header, builders[key])
@@ -347,10 +347,10 @@ def _open_models(models: dict[str, tuple[Path, ModelHeader]], search: SearchConf
     return opened
 
 
-def _require_agreement(path: Path, header: ModelHeader, method: str, typed: TypedPreprocessing) -> None:
+def _require_agreement(path: Path, header: ModelHeader, methods: Sequence[str], typed: TypedPreprocessing) -> None:
     """Raise ConfigurationError if a model is of another method or another image size was typed."""
-    if header.method != method:
-        raise ConfigurationError(f"model {str(path)!r} is of method {header.method!r}, expected {method!r}")
+    if header.method not in methods:
+        raise ConfigurationError(f"model {str(path)!r} is of method {header.method!r}, expected {' or '.join(methods)}")
     pairs = [
         ("--resize", typed.resize_px, header.preprocessing.resize_px),
         ("--imagesize", typed.imagesize_px, header.preprocessing.imagesize_px),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import click
 
+from patchcore.cli.backbones import typed_backbones
 from patchcore.cli.grammar import EXIT_FAILED, ChainedCommand, announce, quiet_libraries
 from patchcore.cli.steps import (
     AUGMENT_OPTION,
@@ -26,13 +27,16 @@ from patchcore.cli.steps import (
 from patchcore.configs import (
     EMBEDDINGS,
     NORMALIZATIONS,
+    PATCH_SCORES,
     RESIZE_MODES,
-    BackboneConfig,
+    SCORE_NORMALIZATIONS,
     DatasetConfig,
+    EnsembleConfig,
     OutputConfig,
     PatchCoreConfig,
     RunConfig,
     RuntimeConfig,
+    SamplerConfig,
     SearchConfig,
     require_at_least,
 )
@@ -76,7 +80,8 @@ def _run(
     calibration: str,
 ) -> int:
     step = dict(steps)
-    method, search = step["patch_core"]
+    members, score_normalization, search = step["patch_core"]
+    method, config = _method(members, step["sampler"], score_normalization)
     run = RunConfig(
         results_path=results_path,
         log_project=log_project,
@@ -91,9 +96,23 @@ def _run(
     quiet_libraries()
     from patchcore.pipeline import train_and_evaluate
 
-    config = replace(method, sampler=step["sampler"])
-    complete = train_and_evaluate("patchcore", config, run, step["dataset"], search, announce)
+    complete = train_and_evaluate(method, config, run, step["dataset"], search, announce)
     return 0 if complete else EXIT_FAILED
+
+
+def _method(
+    members: Sequence[PatchCoreConfig], sampler: SamplerConfig, score_normalization: str | None
+) -> tuple[str, PatchCoreConfig | EnsembleConfig]:
+    """Return name and configuration of the method: PatchCore, or an ensemble of several."""
+    configs = tuple(replace(member, sampler=sampler) for member in members)
+    if len(configs) > 1:
+        return "ensemble", EnsembleConfig(configs, score_normalization or "calibrated")
+    if score_normalization is not None:
+        raise click.UsageError(
+            f"--score_normalization {score_normalization} joins the members of an ensemble, found one backbone: "
+            "leave it out or name several -b"
+        )
+    return "patchcore", configs[0]
 
 
 FAISS_OPTIONS = (
@@ -106,19 +125,33 @@ FAISS_OPTIONS = (
 
 @run_patchcore.command("patch_core", short_help="The method: -b BACKBONE -le LAYER [-le LAYER ...] [OPTIONS]")
 @with_options(
-    click.option("-b", "--backbone_names", "backbones", multiple=True, help="Backbone, see the README for the table."),
-    click.option("-le", "--layers_to_extract_from", "layers", multiple=True, help="Layer; repeatable."),
+    click.option(
+        "-b", "--backbone_names", "backbones", multiple=True, help="Backbone (see the README); several: an ensemble."
+    ),
+    click.option(
+        "-le", "--layers_to_extract_from", "layers", multiple=True, help="Layer; i.LAYER for backbone i of several."
+    ),
     click.option("--pretrain_embed_dimension", type=int, default=1024, show_default=True, help="Values per layer."),
     click.option("--target_embed_dimension", type=int, default=1024, show_default=True, help="Values per patch."),
-    click.option("--preprocessing", default="mean", show_default=True, help="Only mean, as in the published runs."),
-    click.option("--aggregation", default="mean", show_default=True, help="Only mean, as in the published runs."),
+    click.option("--preprocessing", default="mean", show_default=True, help="Only mean, as in the original."),
+    click.option("--aggregation", default="mean", show_default=True, help="Only mean, as in the original."),
     click.option("--anomaly_scorer_num_nn", "num_nn", type=int, default=5, show_default=True, help="Neighbours, k."),
     click.option("--patchsize", type=int, default=3, show_default=True, help="Side of the neighbourhood, odd."),
-    click.option("--patchscore", default="max", show_default=True, help="Only max, as in the published runs."),
+    click.option(
+        "--patchscore",
+        type=click.Choice(PATCH_SCORES),
+        default="max",
+        show_default=True,
+        help="Image score: highest patch score, mean of all, or mean of the highest percent.",
+    ),
     click.option("--patchoverlap", type=float, default=0.0, show_default=True, help="Only 0: patches are dense."),
-    click.option("-pa", "--patchsize_aggregate", type=int, multiple=True, help="Refused: no effect in the original."),
+    click.option(
+        "-pa", "--patchsize_aggregate", type=int, multiple=True, help="Further neighbourhood size, odd; repeatable."
+    ),
     *FAISS_OPTIONS,
-    click.option("--weights", multiple=True, help="One per -b: pretrained (default), random or a path."),
+    click.option(
+        "--weights", multiple=True, help="pretrained (default), random or a path; one for all -b or one each."
+    ),
     click.option("--embedding", type=click.Choice(EMBEDDINGS), default="pooled", show_default=True, help="Embedding."),
     click.option(
         "--normalization",
@@ -126,6 +159,15 @@ FAISS_OPTIONS = (
         default="imagenet",
         show_default=True,
         help="Mean and std of images: ImageNet's for all, or the backbone's own.",
+    ),
+    click.option(
+        "--score_reweighting", type=int, default=None, help="Re-weight image scores by so many neighbours (Eq. 7)."
+    ),
+    click.option(
+        "--score_normalization",
+        type=click.Choice(SCORE_NORMALIZATIONS),
+        default=None,
+        help="Scale of an ensemble's members: normal images (calibrated, default) or the test set (minmax).",
     ),
 )
 def patch_core_step(
@@ -145,38 +187,29 @@ def patch_core_step(
     weights: tuple[str, ...],
     embedding: str,
     normalization: str,
-) -> tuple[str, tuple[PatchCoreConfig, SearchConfig]]:
-    """PatchCore: backbone, layers, embedding, neighbours."""
-    refuse("--preprocessing", preprocessing, "mean", "the published runs use no other")
-    refuse("--aggregation", aggregation, "mean", "the published runs use no other")
-    refuse("--patchscore", patchscore, "max", "it never had an effect in the original")
-    refuse("--patchoverlap", patchoverlap, 0.0, "it never had an effect in the original")
-    refuse("--patchsize_aggregate", patchsize_aggregate, (), "it never had an effect in the original")
-    config = PatchCoreConfig(
-        backbone=_backbone(backbones, layers, weights, normalization),
-        embedding=embedding,
-        pretrain_embed_dimension=pretrain_embed_dimension,
-        target_embed_dimension=target_embed_dimension,
-        patchsize=patchsize,
-        num_nn=num_nn,
+    score_reweighting: int | None,
+    score_normalization: str | None,
+) -> tuple[str, tuple[tuple[PatchCoreConfig, ...], str | None, SearchConfig]]:
+    """PatchCore: backbone, layers, embedding, neighbours. Several backbones give an ensemble."""
+    refuse("--preprocessing", preprocessing, "mean", "the original pools by mean whatever is typed")
+    refuse("--aggregation", aggregation, "mean", "the original pools by mean whatever is typed")
+    refuse("--patchoverlap", patchoverlap, 0.0, "there is a patch at every place, so that overlap is not a choice")
+    members = tuple(
+        PatchCoreConfig(
+            backbone=backbone,
+            embedding=embedding,
+            pretrain_embed_dimension=pretrain_embed_dimension,
+            target_embed_dimension=target_embed_dimension,
+            patchsize=patchsize,
+            num_nn=num_nn,
+            patchsize_aggregate=patchsize_aggregate,
+            patchscore=patchscore,
+            score_reweighting=score_reweighting,
+            seed=seed,
+        )
+        for backbone, seed in typed_backbones(backbones, layers, weights, normalization)
     )
-    return "patch_core", (config, SearchConfig(faiss_on_gpu, faiss_num_workers))
-
-
-def _backbone(
-    names: tuple[str, ...], layers: tuple[str, ...], weights: tuple[str, ...], normalization: str
-) -> BackboneConfig:
-    """Combine what was typed for the backbone."""
-    if not names:
-        raise click.UsageError("no backbone named, expected one -b, for example -b wideresnet50 -le layer2 -le layer3")
-    if len(names) > 1:
-        raise click.UsageError(f"{len(names)} backbones named, expected one -b: ensembles are not available yet")
-    if len(weights) > 1:
-        raise click.UsageError(f"{len(weights)} --weights for one backbone, expected one per -b")
-    chosen = weights[0] if weights else "pretrained"
-    if chosen not in ("pretrained", "random"):
-        chosen = os.path.abspath(chosen)  # a model must find its weights from any working directory
-    return BackboneConfig(names[0], layers, chosen, normalization)
+    return "patch_core", (members, score_normalization, SearchConfig(faiss_on_gpu, faiss_num_workers))
 
 
 @click.group("load_and_evaluate_patchcore", cls=ChainedCommand, required_steps=("patch_core_loader", "dataset"))
@@ -212,7 +245,7 @@ def _load_and_evaluate(
     from patchcore.pipeline import TypedPreprocessing, load_and_evaluate
 
     complete = load_and_evaluate(
-        method="patchcore",
+        methods=("patchcore", "ensemble"),
         model_paths=paths,
         typed=TypedPreprocessing(**typed),
         dataset=dataset,

@@ -20,13 +20,13 @@ class ConcatEmbedding(nn.Module):
 
     Args:
         channels: Channels of each layer.
-        patchsize: Side of the neighbourhood, odd.
+        patchsizes: Sides of the neighbourhoods, odd; with several, each layer enters once with each.
     """
 
-    def __init__(self, channels: Sequence[int], patchsize: int) -> None:
+    def __init__(self, channels: Sequence[int], patchsizes: Sequence[int]) -> None:
         super().__init__()
-        self.dimension = sum(channels)
-        self.patchsize = patchsize
+        self.dimension = sum(channels) * len(patchsizes)
+        self.patchsizes = tuple(patchsizes)
 
     def forward(self, feature_maps: Sequence[torch.Tensor]) -> torch.Tensor:
         """Embed the patches of a batch.
@@ -35,11 +35,11 @@ class ConcatEmbedding(nn.Module):
             feature_maps: One [B, C_l, H_l, W_l] per layer; the first gives the grid H x W.
 
         Returns:
-            [B, H, W, D] with D the sum of the channels.
+            [B, H, W, D] with D the sum of the channels, times the number of neighbourhoods.
         """
         grid = feature_maps[0].shape[-2:]
         # Zero padding is counted, as in the published unfold.
-        means = [F.avg_pool2d(m, self.patchsize, stride=1, padding=self.patchsize // 2) for m in feature_maps]
+        means = [F.avg_pool2d(m, p, stride=1, padding=p // 2) for m in feature_maps for p in self.patchsizes]
         aligned = [_align(m, grid).permute(0, 2, 3, 1) for m in means]  # [B, H, W, C_l]
         return torch.cat(aligned, dim=-1)  # [B, H, W, D]
 
@@ -53,19 +53,25 @@ class PooledEmbedding(nn.Module):
     these steps are linear, and the resize treats every value alike, so that it may come last. What remains is
     one sparse convolution per layer: an output reads a few neighbouring channels. It is computed as such.
 
+    With several neighbourhood sizes, each layer enters the second pooling once with each, as if it were so many layers.
+
     Args:
         channels: Channels of each layer.
-        patchsize: Side of the neighbourhood, odd.
+        patchsizes: Sides of the neighbourhoods, odd.
         pretrain_dimension: Values per layer after the first pooling.
         target_dimension: Values of a patch embedding.
     """
 
-    def __init__(self, channels: Sequence[int], patchsize: int, pretrain_dimension: int, target_dimension: int) -> None:
+    def __init__(
+        self, channels: Sequence[int], patchsizes: Sequence[int], pretrain_dimension: int, target_dimension: int
+    ) -> None:
         super().__init__()
         self.dimension = target_dimension
+        self.num_sizes = len(patchsizes)
+        repeated = [c for c in channels for _ in patchsizes]
         layer_maps = [
-            _SparseLayerMap(layer, channels, patchsize, pretrain_dimension, target_dimension)
-            for layer in range(len(channels))
+            _SparseLayerMap(i, repeated, patchsizes[i % self.num_sizes], pretrain_dimension, target_dimension)
+            for i in range(len(repeated))
         ]
         self.layer_maps = nn.ModuleList(layer_maps)
         self.first_rows = [layer_map.first_row for layer_map in layer_maps]
@@ -82,7 +88,8 @@ class PooledEmbedding(nn.Module):
         grid = feature_maps[0].shape[-2:]
         batch = feature_maps[0].shape[0]
         embeddings = feature_maps[0].new_zeros(batch, *grid, self.dimension)  # [B, H, W, D]
-        for layer_map, first_row, feature_map in zip(self.layer_maps, self.first_rows, feature_maps, strict=True):
+        repeated = [m for m in feature_maps for _ in range(self.num_sizes)]
+        for layer_map, first_row, feature_map in zip(self.layer_maps, self.first_rows, repeated, strict=True):
             part = _align(layer_map(feature_map), grid).permute(0, 2, 3, 1)  # [B, H, W, R_l]
             embeddings[..., first_row : first_row + part.shape[-1]] += part
         return embeddings

@@ -107,12 +107,12 @@ class NearestNeighbours(ABC):
             chunk = queries[rows].to(self.device, torch.float32)  # [q, D]
             # Distances do not change when both sides move by the bank's mean, and the products get smaller.
             nearest = self._nearest(chunk - self.centre_, k)  # [q, k]
-            chunk_distances, order = self._exact_distances(chunk, nearest).sort(dim=1)
+            chunk_distances, order = self.exact_distances(chunk, nearest).sort(dim=1)
             distances[rows] = chunk_distances
             indices[rows] = nearest.gather(1, order)
         return distances, indices
 
-    def _exact_distances(self, queries: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    def exact_distances(self, queries: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         """Return the distances [q, k] of queries [q, D] to the bank rows [q, k], by subtraction."""
         columns = [
             torch.linalg.vector_norm(queries - self.bank_[column], dim=1)
@@ -243,10 +243,44 @@ class NearestNeighbourScorer:
         self.nearest_neighbours.fit(bank)
         return self
 
-    def score(self, queries: torch.Tensor) -> torch.Tensor:
-        """Score queries [Q, D] float32: mean Euclidean distance [Q] float32, higher is more anomalous."""
-        distances, _ = self.nearest_neighbours.search(queries, self.num_neighbours)
-        return distances.mean(dim=1)  # [Q]
+    def score(self, queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Score queries by their distance to the bank.
+
+        Args:
+            queries: [Q, D] float32.
+
+        Returns:
+            Mean Euclidean distance [Q] float32 to the nearest bank members, higher is more anomalous; the row [Q]
+            int64 of the nearest one.
+        """
+        distances, rows = self.nearest_neighbours.search(queries, self.num_neighbours)
+        return distances.mean(dim=1), rows[:, 0]
+
+    def neighbourhood_weights(self, queries: torch.Tensor, nearest_rows: torch.Tensor, support: int) -> torch.Tensor:
+        """Weigh queries by how alone their nearest bank member is.
+
+        With the query q, its nearest member m* and the `support` members N nearest to m*, itself among them:
+        1 - exp|q - m*| / sum over m in N of exp|q - m|. A member in a sparse region of the bank has neighbours far
+        from q, which makes the weight large.
+
+        Args:
+            queries: [Q, D] float32.
+            nearest_rows: [Q] int64, the bank row of each query's nearest member.
+            support: How many members around m* count, from 2 to the size of the bank.
+
+        Returns:
+            float32 [Q] in (0, 1), on the device of `queries`.
+
+        Source: Roth et al. (CVPR 2022), Eq. 7.
+        """
+        search = self.nearest_neighbours
+        members = search.bank_[nearest_rows.to(search.device)]  # [Q, D]
+        _, support_rows = search.search(members, support)  # [Q, B]
+        moved = queries.to(search.device)
+        own = search.exact_distances(moved, nearest_rows.to(search.device)[:, None])[:, 0]  # [Q]
+        distances = search.exact_distances(moved, support_rows)  # [Q, B]
+        # In logarithms: exp of a distance overflows from 89 on.
+        return (1 - torch.exp(own - distances.logsumexp(dim=1))).to(queries.device)
 
 
 def build_nearest_neighbours(

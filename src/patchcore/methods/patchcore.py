@@ -5,10 +5,11 @@ Source: Roth et al., "Towards Total Recall in Industrial Anomaly Detection", CVP
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 
 from patchcore.configs import (
@@ -20,10 +21,12 @@ from patchcore.configs import (
 )
 from patchcore.detector import (
     AnomalyDetector,
+    DetectorBuilder,
     ImageBatches,
     NotFittedError,
     Prediction,
     register_detector,
+    require_images,
     require_tensor,
 )
 from patchcore.errors import ConfigurationError, DataError
@@ -36,6 +39,19 @@ from patchcore.scoring.anomaly_map import anomaly_maps, image_scores
 from patchcore.scoring.calibration import Calibration, MapStatistics, calibrate, fold_bounds
 
 IMAGES_PER_SEARCH = 8  # in calibration: bounds the copies of embeddings and the maps that are held at once
+
+
+@dataclass(frozen=True)
+class PatchScores:
+    """Scores of images and of their patches, on the CPU.
+
+    Attributes:
+        images: float32 [N].
+        patches: float32 [N, h, w], on the grid of the first layer.
+    """
+
+    images: torch.Tensor
+    patches: torch.Tensor
 
 
 @dataclass
@@ -55,25 +71,27 @@ class PatchEmbedder:
     """Images to patch embeddings: the part of PatchCore that does not learn.
 
     Args:
-        extractor: Feature maps of a frozen backbone.
-        config: Embedding, patch size and dimensions.
+        extractor: Feature maps of a frozen backbone, of the layers of the configuration at least.
+        config: Layers, embedding, patch sizes and dimensions.
     """
 
     def __init__(self, extractor: FeatureExtractor, config: PatchCoreConfig) -> None:
-        channels = [extractor.feature_shapes[layer][0] for layer in extractor.layers]
         self.extractor = extractor
-        self.grid = extractor.feature_shapes[extractor.layers[0]][1:]
-        if config.patchsize >= 2 * min(self.grid):
+        self.layers = config.backbone.layers
+        channels = [extractor.feature_shapes[layer][0] for layer in self.layers]
+        self.grid = extractor.feature_shapes[self.layers[0]][1:]
+        largest = max(config.patchsizes)
+        if largest >= 2 * min(self.grid):
             raise ConfigurationError(
-                f"--patchsize {config.patchsize} reaches beyond the {self.grid[0]} x {self.grid[1]} grid of layer "
-                f"{extractor.layers[0]!r} from every place: use {2 * min(self.grid) - 1} or less"
+                f"--patchsize {largest} reaches beyond the {self.grid[0]} x {self.grid[1]} grid of layer "
+                f"{self.layers[0]!r} from every place: use {2 * min(self.grid) - 1} or less"
             )
         self.embedding: ConcatEmbedding | PooledEmbedding
         if config.embedding == "concat":
-            self.embedding = ConcatEmbedding(channels, config.patchsize)
+            self.embedding = ConcatEmbedding(channels, config.patchsizes)
         else:
             dimensions = (config.pretrain_embed_dimension, config.target_embed_dimension)
-            self.embedding = PooledEmbedding(channels, config.patchsize, *dimensions)
+            self.embedding = PooledEmbedding(channels, config.patchsizes, *dimensions)
         self.dimension = self.embedding.dimension
 
     def to(self, device: torch.device) -> PatchEmbedder:
@@ -83,10 +101,43 @@ class PatchEmbedder:
         return self
 
     @torch.inference_mode()
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """Return the patch embeddings float32 [B, P, D] of images uint8 [B, 3, S, S]."""
-        maps = self.extractor(images)
-        return self.embedding(list(maps.values())).flatten(1, 2)  # [B, P, D]
+    def __call__(self, feature_maps: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Return the patch embeddings float32 [B, P, D] of what the extractor gave for a batch."""
+        return self.embedding([feature_maps[layer] for layer in self.layers]).flatten(1, 2)  # [B, P, D]
+
+
+def embed_images(loader: ImageBatches, embedders: Sequence[PatchEmbedder], description: str) -> list[torch.Tensor]:
+    """Compute the patch embeddings of all images, in one buffer on the CPU for each embedder.
+
+    Args:
+        loader: Batches of images.
+        embedders: They share one extractor, whose forward pass runs once.
+        description: What is going on, for the progress bar.
+
+    Returns:
+        float32 [N, P, D] for each embedder.
+
+    Raises:
+        DataError: There are no images.
+    """
+    if loader.num_images == 0:
+        raise DataError("no training images, expected at least one")
+    extractor = embedders[0].extractor
+    buffers = [torch.empty(loader.num_images, e.grid[0] * e.grid[1], e.dimension) for e in embedders]
+    start = 0
+    for batch in progress(loader, description, total=len(loader)):
+        feature_maps = extractor(batch["image"])
+        for embedder, buffer in zip(embedders, buffers, strict=True):
+            part = embedder(feature_maps)
+            buffer[start : start + len(part)] = part
+        start += len(part)
+    return buffers
+
+
+def require_search_and_sampler(config: PatchCoreConfig) -> None:
+    """Raise ConfigurationError for a wrong sampler or installation of faiss, which must not cost a feature pass."""
+    build_sampler(config.sampler.name, config.sampler.percentage)
+    require_one_faiss()
 
 
 @register_detector
@@ -99,6 +150,7 @@ class PatchCore(AnomalyDetector):
         preprocessing: Resize and crop that the images have had.
         source: What the model is trained on; its seed drives the coreset.
         search: How neighbours are searched.
+        member: Number in an ensemble, so that equal members differ in their coresets; None outside.
 
     Attributes:
         memory_bank_: float32 [M, D], learned by `fit`.
@@ -114,9 +166,11 @@ class PatchCore(AnomalyDetector):
         preprocessing: PreprocessingConfig,
         source: TrainingSource | None = None,
         search: SearchConfig | None = None,
+        member: int | None = None,
     ) -> None:
         super().__init__(preprocessing, source or TrainingSource())
         self.config = config
+        self.member = member
         self.embedder = embedder
         self.search = search or SearchConfig()
         self.device = embedder.extractor.mean.device
@@ -127,14 +181,13 @@ class PatchCore(AnomalyDetector):
     @classmethod
     def prepare(
         cls, config: PatchCoreConfig, preprocessing: PreprocessingConfig, search: SearchConfig
-    ) -> Callable[[TrainingSource, torch.device], PatchCore]:
+    ) -> DetectorBuilder:
         """Load the backbone once and return what makes a detector for each class.
 
         Raises:
             ConfigurationError: Backbone, weights, layers or sampler are unknown or do not fit.
         """
-        build_sampler(config.sampler.name, config.sampler.percentage)  # refuse a wrong name before the weights load
-        require_one_faiss()  # now, not after the features are extracted
+        require_search_and_sampler(config)
         embedder = PatchEmbedder(build_extractor(config.backbone, preprocessing.imagesize_px), config)
         return lambda source, device: cls(config, embedder.to(device), preprocessing, source, search)
 
@@ -147,28 +200,24 @@ class PatchCore(AnomalyDetector):
         Raises:
             DataError: There are no images, or fewer patches are kept than neighbours are asked for.
         """
-        if loader.num_images == 0:
-            raise DataError("no training images, expected at least one")
-        embeddings = self._embed_all(loader)
+        return self.fit_embeddings(*embed_images(loader, [self.embedder], f"{self.source.category}: features"))
+
+    def fit_embeddings(self, embeddings: torch.Tensor) -> PatchCore:
+        """Fill the memory bank with a coreset of patch embeddings float32 [N, P, D], as `fit` does from images."""
         points = self.sampler.reduce(embeddings.flatten(0, 1), self._generator("coreset"))
         chosen = self.sampler.select_reduced(points, self._generator("selection"))
         self._set_bank(embeddings.flatten(0, 1)[chosen])
         self._training = _TrainingData(embeddings, points)
         return self
 
-    def _embed_all(self, loader: ImageBatches) -> torch.Tensor:
-        """Return the patch embeddings [N, P, D] of all images, in one buffer on the CPU."""
-        num_patches = self.embedder.grid[0] * self.embedder.grid[1]
-        embeddings = torch.empty(loader.num_images, num_patches, self.embedder.dimension)
-        start = 0
-        for batch in progress(loader, f"{self.source.category}: features", total=len(loader)):
-            part = self.embedder(batch["image"])
-            embeddings[start : start + len(part)] = part
-            start += len(part)
-        return embeddings
-
     def _generator(self, *purpose: str | int) -> torch.Generator:
-        seed = derive_seed(self.source.seed, self.source.category, *purpose)
+        """Return random numbers of this model alone: of its own seed, or of the run's and its place in the ensemble."""
+        if self.config.seed is not None:
+            seed = derive_seed(self.config.seed, self.source.category, *purpose)
+        elif self.member is not None:
+            seed = derive_seed(self.source.seed, self.source.category, "member", self.member, *purpose)
+        else:
+            seed = derive_seed(self.source.seed, self.source.category, *purpose)
         return torch.Generator().manual_seed(seed)
 
     def _set_bank(self, bank: torch.Tensor) -> None:
@@ -176,41 +225,58 @@ class PatchCore(AnomalyDetector):
         self._scorer = self._fitted_scorer(bank, "memory bank", "use fewer neighbours")
 
     def _fitted_scorer(self, bank: torch.Tensor, what: str, remedy: str) -> NearestNeighbourScorer:
-        if len(bank) < self.config.num_nn:
-            raise DataError(
-                f"the {what} has {len(bank)} patch(es), --anomaly_scorer_num_nn "
-                f"{self.config.num_nn} needs as many: keep more patches (sampler -p) or {remedy}"
-            )
+        needs = [
+            ("--anomaly_scorer_num_nn", self.config.num_nn),
+            ("--score_reweighting", self.config.score_reweighting),
+        ]
+        for option, count in needs:
+            if count is not None and len(bank) < count:
+                raise DataError(
+                    f"the {what} has {len(bank)} patch(es), {option} {count} needs as many: keep more patches "
+                    f"(sampler -p) or {remedy}"
+                )
         neighbours = build_nearest_neighbours(self.search.faiss_on_gpu, self.search.faiss_num_workers, self.device)
         return NearestNeighbourScorer(self.config.num_nn, neighbours).fit(bank)
 
     def out_of_fold_calibration(self) -> Calibration | None:
         """Calibrate on the training images, each scored by a bank that has none of its patches.
 
+        Raises:
+            NotFittedError: Training data are there only between `fit` and `release_training_data`.
+        """
+        scores = self.out_of_fold_scores()
+        if scores is None:
+            return None
+        maps = (self._maps(patches) for patches in scores.patches.split(IMAGES_PER_SEARCH))
+        num_folds = len(fold_bounds(len(scores.images)))
+        return calibrate("kfold", num_folds, scores.images.numpy(), MapStatistics.of(maps))
+
+    def out_of_fold_scores(self) -> PatchScores | None:
+        """Score the training images, each by a bank that has none of its patches; None for a single image.
+
         The folds reuse the embeddings and their projection; each selects a coreset of its own with the same
-        share.
+        share. They are the same for all members of an ensemble.
 
         Raises:
             NotFittedError: Training data are there only between `fit` and `release_training_data`.
         """
         if self._training is None:
-            raise NotFittedError("out-of-fold calibration needs the training data: call it right after fit()")
+            raise NotFittedError("out-of-fold scores need the training data: ask for them right after fit()")
         embeddings, num_images = self._training.embeddings, len(self._training.embeddings)
-        order = torch.randperm(num_images, generator=self._generator("folds"))
         folds = fold_bounds(num_images)
         if not folds:
             return None
-        scores, maxima, means = torch.empty(3, num_images)  # [N] each
+        seed = derive_seed(self.source.seed, self.source.category, "folds")
+        order = torch.randperm(num_images, generator=torch.Generator().manual_seed(seed))
+        scores = PatchScores(torch.empty(num_images), torch.empty(num_images, *self.embedder.grid))
         for number, (start, end) in enumerate(progress(folds, f"{self.source.category}: calibration")):
             rest = torch.cat([order[:start], order[end:]]).sort().values
             bank = self._fold_bank(rest, number)
             scorer = self._fitted_scorer(bank, "memory bank of a calibration fold", "use --calibration none")
             for chunk in order[start:end].split(IMAGES_PER_SEARCH):
-                chunk_scores, chunk_maps = self._score(embeddings[chunk], scorer)
-                scores[chunk] = chunk_scores
-                maxima[chunk] = chunk_maps.flatten(1).amax(dim=1)
-                means[chunk] = chunk_maps.flatten(1).mean(dim=1)
-        return calibrate("kfold", len(folds), scores.numpy(), MapStatistics(maxima.numpy(), means.numpy()))
+                part = self._score(embeddings[chunk], scorer)
+                scores.images[chunk], scores.patches[chunk] = part.images, part.patches
+        return scores
 
     def _fold_bank(self, images: torch.Tensor, fold: int) -> torch.Tensor:
         """Return the memory bank [M, D] that some of the training images give."""
@@ -234,32 +300,44 @@ class PatchCore(AnomalyDetector):
             NotFittedError: `fit` has not been called.
             ValueError: The images have another size than the model's preprocessing gives.
 
-        Source: Roth et al. (CVPR 2022), section 3.3, Eq. 6.
+        Source: Roth et al. (CVPR 2022), section 3.3, Eq. 6, and with `score_reweighting` Eq. 7.
         """
+        self._require_fitted()
+        require_images(images, self.preprocessing)
+        scores = self.score_features(self.embedder.extractor(images))
+        return Prediction(scores.images.numpy(), self._maps(scores.patches))
+
+    def score_features(self, feature_maps: Mapping[str, torch.Tensor]) -> PatchScores:
+        """Score a batch from what the extractor gave for it."""
+        return self._score(self.embedder(feature_maps), self._require_fitted())
+
+    def _require_fitted(self) -> NearestNeighbourScorer:
         if self._scorer is None:
             raise NotFittedError("this PatchCore has no memory bank: call fit() or load a model folder")
-        side = self.preprocessing.imagesize_px
-        if images.ndim != 4 or images.shape[1:] != (3, side, side):
-            raise ValueError(
-                f"found images of shape {list(images.shape)}, expected [B, 3, {side}, {side}]: "
-                "resize and crop them as the model's preprocessing says"
-            )
-        scores, maps = self._score(self.embedder(images), self._scorer)
-        return Prediction(scores.numpy(), maps.numpy())
+        return self._scorer
 
-    def _score(self, embeddings: torch.Tensor, scorer: NearestNeighbourScorer) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return image scores [B] and anomaly maps [B, S, S] of embeddings [B, P, D], on the CPU."""
-        batch = len(embeddings)
-        patch_scores = scorer.score(embeddings.flatten(0, 1)).view(batch, *self.embedder.grid)  # [B, h, w]
-        maps = anomaly_maps(patch_scores, self.preprocessing.imagesize_px)
-        return image_scores(patch_scores).cpu(), maps.cpu()
+    def _score(self, embeddings: torch.Tensor, scorer: NearestNeighbourScorer) -> PatchScores:
+        """Score embeddings [B, P, D]."""
+        batch, num_patches, _ = embeddings.shape
+        flat_scores, nearest = scorer.score(embeddings.flatten(0, 1))  # [B * P] each
+        patch_scores = flat_scores.view(batch, *self.embedder.grid)  # [B, h, w]
+        scores = image_scores(patch_scores, self.config.patchscore)  # [B]
+        if self.config.score_reweighting is not None:
+            worst = patch_scores.flatten(1).argmax(dim=1)  # [B]
+            rows = nearest.view(batch, num_patches).gather(1, worst[:, None])[:, 0]
+            queries = embeddings[torch.arange(batch, device=worst.device), worst]  # [B, D]
+            scores = scores * scorer.neighbourhood_weights(queries, rows, self.config.score_reweighting)
+        return PatchScores(scores.cpu(), patch_scores.cpu())
+
+    def _maps(self, patch_scores: torch.Tensor) -> np.ndarray:
+        """Return the anomaly maps [B, S, S] of patch scores [B, h, w]."""
+        return anomaly_maps(patch_scores, self.preprocessing.imagesize_px).numpy()
 
     def configuration(self) -> dict[str, Any]:
         return config_to_dict(self.config)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        if self._scorer is None:
-            raise NotFittedError("this PatchCore has no memory bank to save: call fit() first")
+        self._require_fitted()
         return {"memory_bank": self.memory_bank_}
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:

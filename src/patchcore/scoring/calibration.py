@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -105,6 +105,12 @@ class MapStatistics:
 
     maxima: np.ndarray
     means: np.ndarray
+
+    @classmethod
+    def of(cls, chunks: Iterable[np.ndarray]) -> MapStatistics:
+        """Summarise anomaly maps that come in chunks [n, S, S], so that never all of them are held."""
+        maxima, means = zip(*((maps.max(axis=(1, 2)), maps.mean(axis=(1, 2))) for maps in chunks), strict=True)
+        return cls(np.concatenate(maxima), np.concatenate(means))
 
 
 def score_scale(scores: np.ndarray) -> ScoreScale:

@@ -1,4 +1,8 @@
-"""Model folders: `model.json` and `search_index.safetensors`, nothing that executes when it is read."""
+"""Model folders: `model.json` and `search_index.safetensors`, nothing that executes when it is read.
+
+The tensors of a member of an ensemble, named `<member>/<tensor>`, are in a file of their own,
+`<member>_search_index.safetensors`.
+"""
 
 from __future__ import annotations
 
@@ -52,10 +56,14 @@ def write_model_folder(folder: Path, header: ModelHeader, tensors: Mapping[str, 
         tensors: What was learned, by name; for a memory bank this is the flat search index, in a format that is
             readable with and without faiss.
     """
+    files: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        member, _, own_name = name.rpartition("/")
+        files.setdefault(member, {})[own_name] = tensor.cpu().contiguous()
 
     def fill(temporary: Path) -> None:
-        contiguous = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        write_bytes(temporary / TENSOR_FILE, save(contiguous))
+        for member, content in files.items():
+            write_bytes(temporary / _tensor_file(member), save(content))
         write_json(temporary / MODEL_FILE, config_to_dict(header))
 
     write_folder(folder, fill)
@@ -90,18 +98,26 @@ def read_model_header(folder: Path) -> ModelHeader:
 
 
 def read_model_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Read what was learned.
+    """Read what was learned, under the names that were given to `write_model_folder`.
 
     Raises:
-        ConfigurationError: The file is missing or damaged.
+        ConfigurationError: There is no file of tensors, or one is damaged.
     """
-    path = folder / TENSOR_FILE
-    if not path.is_file():
+    tensors: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob(f"*{TENSOR_FILE}")):
+        member = path.name.removesuffix(TENSOR_FILE).removesuffix("_")
+        try:
+            content = load_file(path)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise ConfigurationError(f"{str(path)!r} is damaged ({_one_line(error)}): train the model anew") from error
+        tensors |= {f"{member}/{name}" if member else name: tensor for name, tensor in content.items()}
+    if not tensors:
         raise ConfigurationError(f"{str(folder)!r} is no whole model folder: {TENSOR_FILE} is missing")
-    try:
-        return load_file(path)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ConfigurationError(f"{str(path)!r} is damaged ({_one_line(error)}): train the model anew") from error
+    return tensors
+
+
+def _tensor_file(member: str) -> str:
+    return f"{member}_{TENSOR_FILE}" if member else TENSOR_FILE
 
 
 def _one_line(error: BaseException) -> str:

@@ -1,0 +1,318 @@
+"""An ensemble of PatchCore models: a detector made of detectors, and the fusion of their scores.
+
+Members differ in backbone, layers or seed. Their distances have different scales, so that a plain mean would follow
+the member with the largest ones. Here each member is put on the scale of normal images: its image scores and its
+patch scores are standardised by their mean and standard deviation over out-of-fold training images. The score of
+an image then depends on no other image. The original scales by minimum and maximum over the test set instead,
+which `score_normalization="minmax"` gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from patchcore.configs import (
+    BackboneConfig,
+    EnsembleConfig,
+    PreprocessingConfig,
+    SearchConfig,
+    TrainingSource,
+    config_to_dict,
+)
+from patchcore.detector import (
+    AnomalyDetector,
+    DetectorBuilder,
+    ImageBatches,
+    NotFittedError,
+    Prediction,
+    register_detector,
+    require_images,
+    require_tensor,
+)
+from patchcore.errors import ConfigurationError, DataError
+from patchcore.features.extractor import build_extractor
+from patchcore.methods.patchcore import (
+    IMAGES_PER_SEARCH,
+    PatchCore,
+    PatchEmbedder,
+    PatchScores,
+    embed_images,
+    require_search_and_sampler,
+)
+from patchcore.scoring.anomaly_map import anomaly_maps
+from patchcore.scoring.calibration import NEGLIGIBLE_SPREAD, Calibration, MapStatistics, calibrate, fold_bounds
+
+SCALES = "member_scales"
+
+
+@dataclass(frozen=True)
+class MemberScale:
+    """Mean and standard deviation of one member's scores on normal images that it has not seen."""
+
+    image_mean: float
+    image_std: float
+    patch_mean: float
+    patch_std: float
+
+    @classmethod
+    def of(cls, scores: PatchScores) -> MemberScale:
+        """Measure the scale of out-of-fold scores."""
+        return cls(*_mean_and_spread(scores.images), *_mean_and_spread(scores.patches))
+
+    def standardised(self, scores: PatchScores) -> PatchScores:
+        """Return scores in standard deviations above the mean of normal images."""
+        images = (scores.images - self.image_mean) / self.image_std
+        patches = (scores.patches - self.patch_mean) / self.patch_std
+        return PatchScores(images, patches)
+
+
+def _mean_and_spread(values: torch.Tensor) -> tuple[float, float]:
+    """Return mean and standard deviation (n - 1), which is the mean itself where all values are alike."""
+    exact = values.double()
+    mean, std = float(exact.mean()), float(exact.std())
+    if std <= NEGLIGIBLE_SPREAD * abs(mean):
+        std = abs(mean) or 1.0
+    return mean, std
+
+
+@register_detector
+class Ensemble(AnomalyDetector):
+    """Mean of the scores of several PatchCore models.
+
+    Args:
+        config: The members and how their scores come to one scale.
+        embedders: One for each member; members of one backbone share its extractor.
+        preprocessing: Resize and crop that the images have had.
+        source: What the model is trained on.
+        search: How neighbours are searched.
+
+    Attributes:
+        members: The models.
+        scales_: One for each member, learned by `fit`; empty with "minmax", which learns none.
+
+    Source: the ensembles of Roth et al. (CVPR 2022). Their repository averages scores scaled over the test set;
+        the scale of normal images is ours.
+    """
+
+    method: ClassVar[str] = "ensemble"
+    config_class: ClassVar[type] = EnsembleConfig
+
+    def __init__(
+        self,
+        config: EnsembleConfig,
+        embedders: Sequence[PatchEmbedder],
+        preprocessing: PreprocessingConfig,
+        source: TrainingSource | None = None,
+        search: SearchConfig | None = None,
+    ) -> None:
+        super().__init__(preprocessing, source or TrainingSource())
+        self.config = config
+        self.members = [
+            PatchCore(member, embedder, preprocessing, self.source, search, number)
+            for number, (member, embedder) in enumerate(zip(config.members, embedders, strict=True))
+        ]
+        self.scales_: list[MemberScale] | None = None
+        self._out_of_fold: list[PatchScores] | None = None
+
+    @classmethod
+    def prepare(
+        cls, config: EnsembleConfig, preprocessing: PreprocessingConfig, search: SearchConfig
+    ) -> DetectorBuilder:
+        """Load each backbone once and return what makes a detector for each class.
+
+        Raises:
+            ConfigurationError: As for PatchCore, of any member.
+        """
+        for member in config.members:
+            require_search_and_sampler(member)
+        extractors = {}
+        for backbone in _shared_backbones(config):
+            extractors[_without_layers(backbone)] = build_extractor(backbone, preprocessing.imagesize_px)
+        embedders = [PatchEmbedder(extractors[_without_layers(m.backbone)], m) for m in config.members]
+        return lambda source, device: cls(config, [e.to(device) for e in embedders], preprocessing, source, search)
+
+    @property
+    def can_calibrate(self) -> bool:
+        return self.config.score_normalization != "minmax"
+
+    def fit(self, loader: ImageBatches) -> Ensemble:
+        """Fit every member, and learn its scale from out-of-fold scores of the training images.
+
+        The members of one backbone are fitted together, from one pass over the images; those of the next follow,
+        so that the embeddings of one backbone are held at a time.
+
+        Args:
+            loader: Batches of normal images.
+
+        Raises:
+            DataError: There are no images, or only one, which gives no scale.
+        """
+        if loader.num_images == 1 and self.can_calibrate:
+            raise DataError(
+                "one training image does not tell the scale of an ensemble's members, expected two or more: "
+                "give more images, or --score_normalization minmax"
+            )
+        out_of_fold: dict[int, PatchScores] = {}
+        for numbers in self._groups():
+            names = f"{self.source.category}: features of {self.config.members[numbers[0]].backbone.name}"
+            buffers = embed_images(loader, [self.members[i].embedder for i in numbers], names)
+            for i in numbers:
+                member = self.members[i].fit_embeddings(buffers.pop(0))
+                if self.can_calibrate:
+                    scores = member.out_of_fold_scores()
+                    assert scores is not None  # two images give two folds
+                    out_of_fold[i] = scores
+                member.release_training_data()
+        self._out_of_fold = [out_of_fold[i] for i in sorted(out_of_fold)]
+        self.scales_ = [MemberScale.of(scores) for scores in self._out_of_fold]
+        return self
+
+    def _groups(self) -> list[list[int]]:
+        """Return the numbers of the members that share an extractor, for each extractor."""
+        groups: dict[int, list[int]] = {}
+        for number, member in enumerate(self.members):
+            groups.setdefault(id(member.embedder.extractor), []).append(number)
+        return list(groups.values())
+
+    def out_of_fold_calibration(self) -> Calibration | None:
+        """Calibrate on the fused out-of-fold scores of the training images.
+
+        Raises:
+            NotFittedError: The scores are there only between `fit` and `release_training_data`.
+        """
+        if self._out_of_fold is None:
+            raise NotFittedError("out-of-fold calibration needs the training data: call it right after fit()")
+        if not self.can_calibrate:
+            return None
+        num_images = len(self._out_of_fold[0].images)
+        chunks = torch.arange(num_images).split(IMAGES_PER_SEARCH)
+        fused = [self._fused([_rows(s, chunk) for s in self._out_of_fold]) for chunk in chunks]
+        scores = np.concatenate([p.scores for p in fused])
+        statistics = MapStatistics.of(p.maps for p in fused if p.maps is not None)
+        return calibrate("kfold", len(fold_bounds(num_images)), scores, statistics)
+
+    def release_training_data(self) -> None:
+        self._out_of_fold = None
+
+    def predict(self, images: torch.Tensor) -> Prediction:
+        """Score images by the mean of the members' scores.
+
+        Args:
+            images: uint8 [B, 3, S, S], RGB.
+
+        Returns:
+            Scores and maps in standard deviations above normal images; with "minmax", scaled over these images.
+
+        Raises:
+            NotFittedError: `fit` has not been called.
+            ValueError: The images have another size than the model's preprocessing gives.
+        """
+        self._require_fitted()
+        require_images(images, self.preprocessing)
+        scores: dict[int, PatchScores] = {}
+        for numbers in self._groups():
+            feature_maps = self.members[numbers[0]].embedder.extractor(images)
+            scores |= {i: self.members[i].score_features(feature_maps) for i in numbers}
+        ordered = [scores[i] for i in range(len(self.members))]
+        if self.can_calibrate:
+            return self._fused(ordered)
+        raw = tuple(Prediction(s.images.numpy(), self._maps(s.patches)) for s in ordered)
+        return self.join([Prediction(raw[0].scores, raw[0].maps, raw)])
+
+    def _fused(self, scores: Sequence[PatchScores]) -> Prediction:
+        """Return the mean over members of standardised scores [B] and of the maps [B, S, S] of standardised patches."""
+        standardised = [scale.standardised(s) for scale, s in zip(self._require_fitted(), scores, strict=True)]
+        images = torch.stack([s.images for s in standardised]).mean(dim=0)  # [B]
+        maps = np.mean([self._maps(s.patches) for s in standardised], axis=0)  # [B, S, S]
+        return Prediction(images.numpy(), maps)
+
+    def _maps(self, patch_scores: torch.Tensor) -> np.ndarray:
+        return anomaly_maps(patch_scores, self.preprocessing.imagesize_px).numpy()
+
+    def join(self, predictions: Sequence[Prediction]) -> Prediction:
+        """Join the batches of one test set; "minmax" scales each member over all of it, as the original does."""
+        if self.can_calibrate:
+            return super().join(predictions)
+        members = [super(Ensemble, self).join(parts) for parts in zip(*(p.members for p in predictions), strict=True)]
+        scores = np.mean([_min_max(m.scores) for m in members], axis=0)
+        maps = np.mean([_min_max(m.maps) for m in members if m.maps is not None], axis=0)
+        return Prediction(scores, maps, tuple(members))
+
+    def _require_fitted(self) -> list[MemberScale]:
+        if self.scales_ is None:
+            raise NotFittedError("this ensemble has no memory banks: call fit() or load a model folder")
+        return self.scales_
+
+    def configuration(self) -> dict[str, Any]:
+        return config_to_dict(self.config)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return what was learned: the members' tensors as `Ensemble-i-n/<name>`, i from 1, and their scales [n, 4]."""
+        scales = self._require_fitted()
+        tensors = {
+            f"{self._prefix(number)}/{name}": tensor
+            for number, member in enumerate(self.members)
+            for name, tensor in member.tensors().items()
+        }
+        if self.can_calibrate:
+            rows = [(s.image_mean, s.image_std, s.patch_mean, s.patch_std) for s in scales]
+            tensors[SCALES] = torch.tensor(rows, dtype=torch.float64)
+        return tensors
+
+    def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take over stored members and their scales.
+
+        Raises:
+            ConfigurationError: They do not fit the configuration.
+        """
+        for number, member in enumerate(self.members):
+            prefix = f"{self._prefix(number)}/"
+            own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+            try:
+                member.restore(own)
+            except ConfigurationError as error:
+                raise ConfigurationError(f"member {self._prefix(number)}: {error}") from error
+        self.scales_ = self._stored_scales(tensors) if self.can_calibrate else []
+
+    def _stored_scales(self, tensors: Mapping[str, torch.Tensor]) -> list[MemberScale]:
+        scales = require_tensor(tensors, SCALES, ndim=2)
+        expected = (len(self.members), 4)
+        if tuple(scales.shape) != expected or not bool(scales.isfinite().all()) or bool((scales[:, 1::2] <= 0).any()):
+            raise ConfigurationError(
+                f"model tensor {SCALES!r} of shape {tuple(scales.shape)} does not hold finite means and positive "
+                f"standard deviations of shape {expected}: train the model anew"
+            )
+        return [MemberScale(*row) for row in scales.tolist()]
+
+    def _prefix(self, number: int) -> str:
+        return f"Ensemble-{number + 1}-{len(self.members)}"
+
+
+def _without_layers(backbone: BackboneConfig) -> tuple[str, str, str, int]:
+    """Return what two backbones must have in common to share one network."""
+    return backbone.name, backbone.weights, backbone.normalization, backbone.seed
+
+
+def _shared_backbones(config: EnsembleConfig) -> list[BackboneConfig]:
+    """Return each backbone once, with the layers that any member reads."""
+    shared: dict[tuple[str, str, str, int], BackboneConfig] = {}
+    for backbone in (member.backbone for member in config.members):
+        known = shared.setdefault(_without_layers(backbone), backbone)
+        layers = tuple(dict.fromkeys([*known.layers, *backbone.layers]))
+        shared[_without_layers(backbone)] = replace(known, layers=layers)
+    return list(shared.values())
+
+
+def _rows(scores: PatchScores, rows: torch.Tensor) -> PatchScores:
+    return PatchScores(scores.images[rows], scores.patches[rows])
+
+
+def _min_max(values: np.ndarray) -> np.ndarray:
+    """Scale to [0, 1] by minimum and maximum; all 0 where they are equal, as for a single image."""
+    low, high = values.min(), values.max()
+    return (values - low) / (high - low) if high > low else np.zeros_like(values)
