@@ -276,22 +276,27 @@ def test_resumed_seeds_give_the_same_table(tmp_path: Path, data: Path, whole: Pa
         assert (tmp_path / "project" / name).read_bytes() == (whole / name).read_bytes()
 
 
-def kill_and_resume(out: Path, data: Path, moment: float) -> bytes:
-    """Kill a run so many seconds after its folder appears, resume it, and return the result table."""
-    options = ["--device", "cpu", "--threads", "1", "--log_group", "g", "--skip_existing", "--save_patchcore_model"]
+def kill_when(folder: Path, moment: float, out: Path, group: str, *args: object) -> None:
+    """Start a run as a user does, and kill it so many seconds after a folder of it appears."""
+    options = ["--device", "cpu", "--threads", "1", "--log_group", group, "--skip_existing"]
     process = subprocess.Popen(
-        [sys.executable, str(REPOSITORY / "bin" / "run_patchcore.py"), str(out), *options, *small_run(data)],
+        [sys.executable, str(REPOSITORY / "bin" / "run_patchcore.py"), str(out), *options, *map(str, args)],
         env={**os.environ, "PYTHONPATH": str(REPOSITORY / "src")},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    folder = out / "project" / "g"
     while process.poll() is None and not folder.exists():
         time.sleep(0.002)
     time.sleep(moment)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+
+
+def kill_and_resume(out: Path, data: Path, moment: float) -> bytes:
+    """Kill a run so many seconds after its folder appears, resume it, and return the result table."""
+    folder = out / "project" / "g"
+    kill_when(folder, moment, out, "g", "--save_patchcore_model", *small_run(data))
     for path in folder.rglob("*.json"):  # whatever has its name is whole
         json.loads(path.read_text(encoding="utf-8"))
     done = run(out, "g", "--save_patchcore_model", *small_run(data))
@@ -310,6 +315,16 @@ def test_a_killed_run_resumes_to_the_same_bytes(tmp_path: Path, data: Path, whol
 def test_a_run_killed_at_any_moment_resumes(seed: int, tmp_path: Path, data: Path, whole: Path) -> None:
     moment = random.Random(seed).uniform(0, 2.0)
     assert kill_and_resume(tmp_path, data, moment) == (whole / "g" / "results.csv").read_bytes()
+
+
+def test_seeds_killed_in_the_second_of_them_resume_to_the_same_table(tmp_path: Path, data: Path, whole: Path) -> None:
+    typed = ("--seed", 0, "--seed", 1, *small_run(data, "rod"))
+    kill_when(tmp_path / "project" / "s_S1", 0.05, tmp_path, "s", *typed)
+    assert not (tmp_path / "project" / "s_seeds.csv").exists()
+    done = run(tmp_path, "s", *typed)
+    assert done.code == 0 and "rod: finished before, skipped" in done.err
+    for name in ("s_seeds.csv", "s_S0/results.csv", "s_S1/results.csv"):
+        assert (tmp_path / "project" / name).read_bytes() == (whole / name).read_bytes()
 
 
 def test_an_interrupted_resume_keeps_the_rows_of_finished_classes(
