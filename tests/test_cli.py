@@ -41,7 +41,8 @@ OPTIONS = {  # of the issue
     "--save_patchcore_model --save_anomaly_scores --skip_existing --calibration",
     "patch_core": "-b --backbone_names -le --layers_to_extract_from --pretrain_embed_dimension "
     "--target_embed_dimension --preprocessing --aggregation --anomaly_scorer_num_nn --patchsize --patchscore "
-    "--patchoverlap -pa --patchsize_aggregate --faiss_on_gpu --faiss_num_workers --weights --embedding --normalization",
+    "--patchoverlap -pa --patchsize_aggregate --faiss_on_gpu --faiss_num_workers --weights --embedding --normalization "
+    "--score_reweighting --score_normalization",
     "sampler": "-p --percentage",
     "dataset": "-d --subdatasets --train_val_split --batch_size --num_workers --resize --imagesize --augment "
     "--resize_mode --limit_train --limit_test",
@@ -142,18 +143,17 @@ BAD_GRAMMAR = {
     "missing value": (["out", *METHOD, *SAMPLER, *DATASET, "--resize"], "'--resize' of dataset needs a value"),
     "unknown option": (["out", *METHOD, *SAMPLER, *DATASET, "--rezise", "3"], "did you mean --resize"),
     "unknown run option": (["out", "--sed", "3", *METHOD, *SAMPLER, *DATASET], "did you mean --seed"),
-    "option of another step": (["out", *METHOD, "--resize", "9", *SAMPLER, *DATASET], "belongs to dataset"),
     "not a number": (["out", *METHOD, *SAMPLER, *DATASET, "--resize", "big"], "'big'"),
     "value for a flag": (["out", "--skip_existing=1", *METHOD, *SAMPLER, *DATASET], "--skip_existing"),
     "--preprocessing": (["out", *METHOD, "--preprocessing", "conv", *SAMPLER, *DATASET], "use mean or leave it out"),
     "--aggregation": (["out", *METHOD, "--aggregation", "mlp", *SAMPLER, *DATASET], "use mean or leave it out"),
-    "--patchscore": (["out", *METHOD, "--patchscore", "mean", *SAMPLER, *DATASET], "use max or leave it out"),
+    "--patchscore": (["out", *METHOD, "--patchscore", "min", *SAMPLER, *DATASET], "'min' is not one of"),
     "--patchoverlap": (["out", *METHOD, "--patchoverlap", "0.5", *SAMPLER, *DATASET], "use 0.0 or leave it out"),
-    "-pa": (["out", *METHOD, "-pa", "3", *SAMPLER, *DATASET], "leave it out"),
+    "-pa": (["out", *METHOD, "-pa", "3", *SAMPLER, *DATASET], "one is named twice"),
     "--augment": (["out", *METHOD, *SAMPLER, *DATASET, "--augment"], "leave it out"),
     "no backbone": (["out", "patch_core", "-le", "x", *SAMPLER, *DATASET], "expected one -b"),
-    "two backbones": (["out", *METHOD, "-b", "vgg11", *SAMPLER, *DATASET], "expected one -b"),
-    "two weights": (["out", *METHOD, "--weights", "a", "--weights", "b", *SAMPLER, *DATASET], "one per -b"),
+    "two backbones": (["out", *METHOD, "-b", "vgg11", *SAMPLER, *DATASET], "as in 0.layer2"),
+    "two weights": (["out", *METHOD, "--weights", "a", "--weights", "b", *SAMPLER, *DATASET], "one for each -b"),
     "no layer": (["out", "patch_core", "-b", "resnet18", *SAMPLER, *DATASET], "-le"),
     "repeated layer": (["out", *METHOD, "-le", "layer2", *SAMPLER, *DATASET], "named twice"),
     "even patchsize": (["out", *METHOD, "--patchsize", "4", *SAMPLER, *DATASET], "odd"),

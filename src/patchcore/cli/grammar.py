@@ -2,8 +2,12 @@
 
     command [options] ARGUMENT step [options] ARGUMENTS step ...
 
-As in the original, every step returns one value. More forgiving than plain click: the options of the command
-and of each step may stand before or after its arguments.
+As in the original, every step returns one value. More forgiving than plain click:
+
+- The options of the command and of each step may stand before or after its arguments.
+- An option that the present step does not have goes to the part of the command that has it, if it is typed and the
+  only one, so that a shell script can append "$@" behind its last step. The present step wins for its own options.
+- Of an option with one value the token typed last counts, wherever it was typed.
 """
 
 from __future__ import annotations
@@ -12,7 +16,8 @@ import io
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import click
@@ -21,6 +26,10 @@ from patchcore.configs import near_matches
 from patchcore.errors import ConfigurationError
 
 HELP = "--help"
+RULE = (
+    "Options may stand before or after the arguments. One that the present step does not have goes to the step that "
+    "has it, so that it may also be typed behind the last step; of two values the later one counts."
+)
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
@@ -77,15 +86,33 @@ def _complain(message: str) -> None:
     print(f"error: {line}".encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
 
 
+@dataclass(frozen=True)
+class _TypedOption:
+    """An option as it was typed.
+
+    Attributes:
+        tokens: The option and its value, if that is a token of its own.
+        present: Name of the part behind which it was typed.
+        homes: Names of the parts that it may belong to; the present one alone where that has it.
+    """
+
+    tokens: list[str]
+    present: str
+    homes: list[str]
+
+
 class ChainedCommand(OneLineErrors, click.Group):
     """A command followed by steps; `required_steps` must each be there once.
+
+    The command and its steps are called parts below.
 
     Args:
         required_steps: For each step that is needed, the alternative names of it.
     """
 
     def __init__(self, *args: Any, required_steps: Sequence[str] = (), **extra: Any) -> None:
-        super().__init__(*args, **{**extra, "chain": True, "subcommand_metavar": "STEP [OPTIONS] ARGS ..."})
+        fixed = {"chain": True, "subcommand_metavar": "STEP [OPTIONS] ARGS ...", "epilog": RULE}
+        super().__init__(*args, **{**extra, **fixed})
         self.required_steps = tuple(required_steps)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -95,24 +122,11 @@ class ChainedCommand(OneLineErrors, click.Group):
             raise click.UsageError(f"no arguments, expected {self._expected()}: {HELP} explains them")
         if args[0] in self.commands:
             raise click.UsageError(f"found the step {args[0]!r} first, expected {self._expected()}")
-        own, rest = self._split(self, args)
-        ordered = list(own)
-        typed: list[str] = []
-        while rest:
-            name = rest[0]
-            step = self.commands.get(name)
-            if step is None:
-                expected = near_matches(name, self.commands)
-                raise click.UsageError(f"found {name!r} where a step was expected ({expected})")
-            if name in typed:
-                raise click.UsageError(f"step {name!r} was given twice, expected once")
-            typed.append(name)
-            step_args, rest = self._split(step, rest[1:])
-            ordered += [name, *step_args]
-        missing = [name for name in self.required_steps if name not in typed]
+        arguments, options = self._read(args)
+        missing = [name for name in self.required_steps if name not in arguments]
         if missing:
             raise click.UsageError(f"step {missing[0]} is missing, expected {self._expected()}")
-        return super().parse_args(ctx, ordered)
+        return super().parse_args(ctx, self._options_first(arguments, options))
 
     def _show_help(self, ctx: click.Context, before: Sequence[str]) -> None:
         """Print the help of the last step typed before --help, or of the whole command, and leave."""
@@ -125,16 +139,78 @@ class ChainedCommand(OneLineErrors, click.Group):
         arguments = [p.human_readable_name for p in self.params if isinstance(p, click.Argument)]
         return f"{' '.join(arguments)}, then the steps {', '.join(self.required_steps)}"
 
-    def _split(self, command: click.Command, args: Sequence[str]) -> tuple[list[str], list[str]]:
-        """Split off what belongs to one command, its options first; what is left begins with the next step."""
-        try:
-            own, rest = _options_first(command, args)
-        except click.NoSuchOption as error:
-            name = error.option_name
-            homes = [c.name for c in (self, *self.commands.values()) if name in _options(c)]
-            hint = f"it belongs to {homes[0]}" if homes else near_matches(name, _options(command))
-            raise click.UsageError(f"{command.name} has no option {name!r}: {hint}") from error
-        return own, rest
+    def _parts(self) -> dict[str, click.Command]:
+        """Return the command and its steps by name."""
+        return {str(self.name): self, **self.commands}
+
+    def _read(self, args: Sequence[str]) -> tuple[dict[str, list[str]], list[_TypedOption]]:
+        """Tell arguments, options and names of steps apart.
+
+        Args:
+            args: Everything typed after the command's name.
+
+        Returns:
+            The arguments of each part that was typed, and the options; both in the order typed.
+
+        Raises:
+            click.UsageError: An option that no part has, a word that is no step, or a step for the second time.
+        """
+        parts = self._parts()
+        present = str(self.name)
+        arguments: dict[str, list[str]] = {present: []}
+        options: list[_TypedOption] = []
+        position = 0
+        while position < len(args):
+            token = args[position]
+            width = 1
+            if token.startswith("-") and len(token) > 1:
+                options.append(self._read_option(args[position:], present))
+                width = len(options[-1].tokens)
+            elif len(arguments[present]) < _num_arguments(parts[present]):
+                arguments[present].append(token)
+            else:
+                present = self._read_step(token, arguments)
+                arguments[present] = []
+            position += width
+        return arguments, options
+
+    def _read_step(self, name: str, typed: Mapping[str, list[str]]) -> str:
+        if name not in self.commands:
+            raise click.UsageError(f"found {name!r} where a step was expected ({near_matches(name, self.commands)})")
+        if name in typed:
+            raise click.UsageError(f"step {name!r} was given twice, expected once")
+        return name
+
+    def _read_option(self, args: Sequence[str], present: str) -> _TypedOption:
+        """Read the option that `args` begins with, and its value if that is the next token."""
+        token = args[0]
+        name = token.partition("=")[0]
+        options = {part: _options(command) for part, command in self._parts().items()}
+        homes = _homes(token, present, options)
+        if not homes:
+            known = {option for of_part in options.values() for option in of_part}
+            raise click.UsageError(f"{present} has no option {name!r}: {near_matches(name, known)}")
+        widths = {2 if options[home].get(token, False) else 1 for home in homes}
+        if len(widths) > 1:
+            raise _misplaced(name, present, homes)
+        width = widths.pop()
+        if width > len(args):
+            raise click.BadOptionUsage(token, f"option {token!r} of {homes[0]} needs a value")
+        return _TypedOption(list(args[:width]), present, homes)
+
+    def _options_first(self, arguments: Mapping[str, list[str]], options: Sequence[_TypedOption]) -> list[str]:
+        """Return the command line as plain click wants it: each option in its part, before the part's arguments."""
+        own: dict[str, list[str]] = {part: [] for part in arguments}
+        for option in options:
+            own[_home(option, arguments)] += option.tokens
+        ordered: list[str] = []
+        for part, values in arguments.items():
+            ordered += [*([part] if part in self.commands else []), *own[part], *values]
+        return ordered
+
+
+def _num_arguments(command: click.Command) -> int:
+    return sum(p.nargs for p in command.params if isinstance(p, click.Argument))
 
 
 def _options(command: click.Command) -> dict[str, bool]:
@@ -146,50 +222,37 @@ def _options(command: click.Command) -> dict[str, bool]:
     return takes_value
 
 
-def _options_first(command: click.Command, args: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Split off the arguments of one command and put its options before them.
+def _homes(token: str, present: str, options: Mapping[str, Mapping[str, bool]]) -> list[str]:
+    """Return the parts that an option may belong to: the present one alone where that has it.
 
     Args:
-        command: The command that the arguments begin with.
-        args: What was typed after its name.
-
-    Returns:
-        The command's own options and arguments, reordered; what is left, beginning with the next step.
-
-    Raises:
-        click.NoSuchOption: The command does not have an option.
-        click.BadOptionUsage: The last option lacks its value.
+        token: What was typed, such as `--resize`, `--resize=256` or `-p0.1`.
+        present: Name of the part behind which it was typed.
+        options: For each part, its options and whether each is followed by a value.
     """
-    takes_value = _options(command)
-    num_arguments = sum(p.nargs for p in command.params if isinstance(p, click.Argument))
-    options: list[str] = []
-    arguments: list[str] = []
-    position = 0
-    while position < len(args):
-        token = args[position]
-        if token.startswith("-") and len(token) > 1:
-            width = _width(token, takes_value)
-            if position + width > len(args):
-                raise click.BadOptionUsage(token, f"option {token!r} of {command.name} needs a value")
-            options += args[position : position + width]
-        elif len(arguments) < num_arguments:
-            width = 1
-            arguments.append(token)
-        else:
-            break
-        position += width
-    return [*options, *arguments], list(args[position:])
+    name = token.partition("=")[0]
+    spelled_out = [part for part, own in options.items() if name in own]
+    attached = [part for part, own in options.items() if not token.startswith("--") and own.get(token[:2], False)]
+    for homes in (spelled_out, attached):  # -pa is an option of that name before it is -p with the value a
+        if present in homes:
+            return [present]
+        if homes:
+            return homes
+    return []
 
 
-def _width(option: str, takes_value: Mapping[str, bool]) -> int:
-    """Return how many tokens an option takes up: 2 where its value follows it."""
-    if option in takes_value:
-        return 2 if takes_value[option] else 1
-    name = option.partition("=")[0]
-    attached = not option.startswith("--") and takes_value.get(option[:2], False)  # as in -p0.1
-    if name in takes_value or attached:
-        return 1
-    raise click.NoSuchOption(name)
+def _home(option: _TypedOption, typed: Iterable[str]) -> str:
+    """Return the one typed part that an option belongs to."""
+    homes = [part for part in option.homes if part in typed]
+    if len(homes) != 1:
+        raise _misplaced(option.tokens[0], option.present, option.homes)
+    return homes[0]
+
+
+def _misplaced(token: str, present: str, homes: Sequence[str]) -> click.UsageError:
+    remedy = "type it behind the step that is meant" if len(homes) > 1 else "which is not typed"
+    name = token.partition("=")[0]
+    return click.UsageError(f"{present} has no option {name!r}: it belongs to {' and '.join(homes)}, {remedy}")
 
 
 def quiet_libraries() -> None:

@@ -1,0 +1,234 @@
+# shellcheck shell=bash
+# shellcheck disable=SC2034  # the scripts that source this file use the variables set here
+# What the sample scripts share: arguments, names of runs, and the loop over variants. Sourced, not run.
+# Written for bash 3.2, which macOS has: no associative arrays, and "${array[@]}" of an empty one needs a guard.
+
+RESULTS=${RESULTS:-results}
+EVALUATED=${EVALUATED:-evaluated_results}
+LOG_PROJECT=${LOG_PROJECT:-project}
+PYTHON=${PYTHON:-python}
+readonly NOT_TRAINED=3 # the Python commands leave with 0, 1, 2 or 130
+failed=()
+skipped=()
+num_done=0
+
+complain() {
+    printf 'error: %s\n' "$*" >&2
+}
+
+usage() {
+    cat <<USAGE
+usage: $0 [DATA_PATH] [--offline] [options for every Python command ...]
+    DATA_PATH     the folder that holds the classes; taken from $1 if left out
+    --offline     backbones whose weights come as Python packages
+    Environment: CLASSES and VARIANTS pick some by name, RESULTS and EVALUATED are the folders to write to, PYTHON
+    is the interpreter; the head of the script has examples
+USAGE
+}
+
+# read_arguments PATH_VARIABLE DOWNLOAD_PAGE "$@" sets datapath, offline (yes or no) and flags.
+read_arguments() {
+    local variable=$1 download=$2 argument path_may_follow=yes
+    shift 2
+    datapath=${!variable:-}
+    offline=no
+    flags=()
+    for argument in "$@"; do
+        case $path_may_follow,$argument in
+        *,--help | *,-h)
+            usage "$variable"
+            exit 0
+            ;;
+        *,--offline) offline=yes ;;
+        yes,-* | no,*)
+            flags+=("$argument")
+            path_may_follow=no
+            ;;
+        *)
+            datapath=$argument
+            path_may_follow=no
+            ;;
+        esac
+    done
+    require_data "$variable" "$download"
+    if ! command -v "$PYTHON" >/dev/null; then
+        complain "no command $PYTHON: activate the environment, or name the interpreter as PYTHON=/path/to/python"
+        exit 2
+    fi
+}
+
+# require_data PATH_VARIABLE DOWNLOAD_PAGE ends the script unless datapath is a folder.
+require_data() {
+    if [ -z "$datapath" ]; then
+        complain "no data path: give it as the first argument or as $1; the data set is to be had at $2"
+        usage "$1" >&2
+        exit 2
+    fi
+    if [ ! -d "$datapath" ]; then
+        complain "data path '$datapath' is no folder, expected the one that holds the classes; the data set is at $2"
+        exit 2
+    fi
+}
+
+# is_one_of NAME KNOWN ...
+is_one_of() {
+    local name=$1 known
+    shift
+    for known in "$@"; do
+        if [ "$name" = "$known" ]; then return 0; fi
+    done
+    return 1
+}
+
+# set_names STRING DEFAULT ... sets names: the words of the string, or the defaults if there are none.
+set_names() {
+    local string=$1
+    shift
+    names=("$@")
+    if [[ $string = *[![:space:]]* ]]; then
+        IFS=$' \t\n' read -r -d '' -a names <<<"$string" || true # read says no at the end of its input
+    fi
+}
+
+# choose_variants KNOWN ... sets variants: those in VARIANTS, or all.
+choose_variants() {
+    local variant
+    set_names "${VARIANTS:-}" "$@"
+    variants=("${names[@]}")
+    for variant in "${variants[@]}"; do
+        if ! is_one_of "$variant" "$@"; then
+            complain "unknown variant '$variant' in VARIANTS, expected some of: $*"
+            exit 2
+        fi
+    done
+}
+
+# choose_classes KNOWN ... sets classes: those in CLASSES, or all; and class_flags, a -d for each.
+choose_classes() {
+    set_names "${CLASSES:-}" "$@"
+    classes=("${names[@]}")
+    set_class_flags "${classes[@]}"
+}
+
+# choose_numbers VARIABLE DEFAULT ... sets numbers: those in the variable, or the defaults.
+choose_numbers() {
+    local variable=$1 number
+    set_names "${!variable:-}" "${@:2}"
+    numbers=("${names[@]}")
+    for number in "${numbers[@]}"; do
+        case $number in *[!0-9]*)
+            complain "$variable has '$number', expected whole numbers separated by blanks, such as $variable=\"${*:2}\""
+            exit 2
+            ;;
+        esac
+    done
+}
+
+# refuse_flags REASON OPTION ... ends the script if one of the options is among the flags.
+refuse_flags() {
+    local reason=$1 flag
+    for flag in ${flags[@]+"${flags[@]}"}; do
+        if is_one_of "${flag%%=*}" "${@:2}"; then
+            complain "${flag%%=*} is $reason"
+            exit 2
+        fi
+    done
+}
+
+set_class_flags() {
+    local class
+    class_flags=()
+    for class in "$@"; do class_flags+=(-d "$class"); done
+}
+
+# group_name GROUP prints the log group of a recipe, which has another name with --offline.
+group_name() {
+    local name=$1
+    if [ "$offline" = yes ]; then
+        name=${name/WR50_L2-3/LITE0_B2-4}
+        name=${name/Ensemble_L2-3/LiteEnsemble_B2-4}
+    fi
+    printf '%s\n' "$name"
+}
+
+# newest_run FOLDER NEEDED sets run_folder: of FOLDER, FOLDER_0, FOLDER_1, ... the last one that has the file NEEDED.
+newest_run() {
+    local candidate number highest=-1
+    run_folder=
+    if [ -e "$1/$2" ]; then run_folder=$1; fi
+    for candidate in "$1"_*; do
+        number=${candidate#"$1"_}
+        case $number in '' | *[!0-9]*) continue ;; esac
+        if [ "$number" -gt "$highest" ] && [ -e "$candidate/$2" ]; then
+            highest=$number
+            run_folder=$candidate
+        fi
+    done
+    [ -n "$run_folder" ]
+}
+
+# find_models DATASET GROUP sets run_folder, model_flags and class_flags: the models of the newest run of the group.
+find_models() {
+    local class group script=${0##*/}
+    group=$(group_name "$2")
+    if ! newest_run "$RESULTS/$LOG_PROJECT/$group" models || ! list_models "$1"; then
+        printf 'no models of %s in %s: train them with %s\n' \
+            "$group" "$RESULTS/$LOG_PROJECT" "${script/evaluation/training}" >&2
+        return "$NOT_TRAINED"
+    fi
+    printf 'models: %s\n' "$run_folder"
+    model_flags=()
+    for class in "${trained[@]}"; do model_flags+=(-p "$run_folder/models/$1_$class"); done
+    set_class_flags "${trained[@]}"
+}
+
+# list_models DATASET sets trained: CLASSES if given, else every class with a model in run_folder, in the usual order.
+list_models() {
+    local folder class
+    trained=()
+    for class in "${classes[@]}"; do
+        if [ -n "${CLASSES:-}" ] || [ -d "$run_folder/models/$1_$class" ]; then trained+=("$class"); fi
+    done
+    if [ -n "${CLASSES:-}" ]; then return; fi
+    for folder in "$run_folder/models/$1"_*; do
+        class=${folder##*/"$1"_}
+        if [ -d "$folder" ] && ! is_one_of "$class" "${classes[@]}"; then trained+=("$class"); fi
+    done
+    [ "${#trained[@]}" -gt 0 ]
+}
+
+# attempt NAME COMMAND ... runs a command; what fails is noted for `finish`, an interrupt ends the script.
+attempt() {
+    local name=$1 code=0
+    shift
+    printf '== %s\n' "$name"
+    "$@" || code=$?
+    case $code in
+    0) num_done=$((num_done + 1)) ;;
+    130) exit 130 ;;
+    "$NOT_TRAINED") skipped+=("$name") ;;
+    *) failed+=("$name") ;;
+    esac
+}
+
+# run_variants runs the function of each chosen variant with the flags.
+run_variants() {
+    local variant
+    for variant in "${variants[@]}"; do
+        attempt "$variant" "$variant" ${flags[@]+"${flags[@]}"}
+    done
+    finish
+}
+
+# finish ends the script: 1 if something failed, or if what was asked for by name or everything was skipped.
+finish() {
+    if [ "${#failed[@]}" -gt 0 ]; then
+        complain "failed: ${failed[*]}"
+        exit 1
+    fi
+    if [ "${#skipped[@]}" -gt 0 ] && { [ -n "${VARIANTS:-}" ] || [ "$num_done" -eq 0 ]; }; then
+        complain "without models: ${skipped[*]}"
+        exit 1
+    fi
+    exit 0
+}
