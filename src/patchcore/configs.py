@@ -350,6 +350,19 @@ class OutputConfig:
 
 
 @dataclass(frozen=True)
+class TrackingConfig:
+    """Where the numbers of a run go besides its folder.
+
+    Attributes:
+        wandb: Weights & Biases; the environment variable WANDB_MODE=offline keeps the record in the run folder.
+        tensorboard: Event files in the run folder.
+    """
+
+    wandb: bool = False
+    tensorboard: bool = False
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """Where a run writes, with which seeds, and what.
 
@@ -362,6 +375,7 @@ class RunConfig:
         outputs: Optional files.
         skip_existing: Reuse exactly the named run folder and do only what is missing.
         runtime: Device and threads.
+        tracking: Experiment trackers.
     """
 
     results_path: str
@@ -372,6 +386,7 @@ class RunConfig:
     outputs: OutputConfig = field(default_factory=OutputConfig)
     skip_existing: bool = False
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
         require_choice("calibration", self.calibration, CALIBRATION_METHODS)

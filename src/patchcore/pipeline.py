@@ -41,6 +41,7 @@ from patchcore.runtime import log_to_file, progress, reset_peak_memory, resolve_
 from patchcore.storage import run_folder
 from patchcore.storage.model_folder import ModelHeader, read_model_header
 from patchcore.storage.run_folder import ClassResult
+from patchcore.tracking import Tracker, open_tracker, require_trackers
 
 LOGGER = logging.getLogger(__name__)
 
@@ -71,6 +72,7 @@ def train_and_evaluate(
     categories = resolve_categories(dataset, dataset_class(dataset.name).categories)
     dataset = replace(dataset, categories=tuple(categories))
     _require_held_out(run, dataset)
+    require_trackers(run.tracking, run.log_project)
     parent = Path(run.results_path) / run.log_project
     run_folder.require_writable(parent)
     set_threads(run.runtime.threads)
@@ -80,15 +82,20 @@ def train_and_evaluate(
     for seed, identity in identities.items():
         _require_resumable(parent / _group(run, seed), identity, run)
     device = resolve_device(run.runtime.device, run.runtime.gpus)
+    seedless = run_folder.group_without_seed(run.log_group)  # seeds of several commands belong together too
     finished: list[list[ClassResult]] = []
     complete = True
     for seed, identity in identities.items():
         folder = _open_run_folder(parent, _group(run, seed), identity, run, device)
         task = ClassTask(folder, dataset, run.outputs, device)
         announce(f"results: {folder}")
-        with log_to_file(folder / "run.log"):
-            process = functools.partial(train_class, task, seed=seed, builder=builder, calibration=run.calibration)
-            results, failures = _process_classes(task, process, run.skip_existing)
+        process = functools.partial(train_class, task, seed=seed, builder=builder, calibration=run.calibration)
+        with (
+            log_to_file(folder / "run.log"),
+            open_tracker(run.tracking, folder, run.log_project, seedless, identity) as tracker,
+        ):
+            results, failures = _process_classes(task, process, run.skip_existing, tracker)
+            tracker.log_mean(run_folder.mean_metrics(results))
         _announce_results(folder, run.outputs, results, failures, announce)
         finished.append(results)
         complete = complete and not failures
@@ -171,7 +178,7 @@ def _environment(device: torch.device) -> dict[str, Any]:
 
 
 def _process_classes(
-    task: ClassTask, process: Callable[[str], ClassResult], skip_existing: bool
+    task: ClassTask, process: Callable[[str], ClassResult], skip_existing: bool, tracker: Tracker
 ) -> tuple[list[ClassResult], dict[str, str]]:
     """Process every class, writing the tables after each, so that an interrupted run keeps what it has.
 
@@ -183,7 +190,7 @@ def _process_classes(
     row_names = {category: task.row_name(category) for category in task.dataset.categories}
     if skip_existing:  # an interruption must not take finished classes out of the tables
         outcomes |= _finished_before(task.folder, row_names)
-    for category, row_name in row_names.items():
+    for step, (category, row_name) in enumerate(row_names.items()):
         LOGGER.debug("%s begins", category)
         try:
             done = run_folder.load_class_result(task.folder, row_name) if skip_existing else None
@@ -192,7 +199,8 @@ def _process_classes(
                 done = None
             if done is not None:
                 LOGGER.info("%s: finished before, skipped", category)
-            outcomes[row_name] = done or process(category)
+            outcomes[row_name] = result = done or process(category)
+            tracker.log_class(step, result)
         except DataError as error:
             outcomes[row_name] = str(error)
             LOGGER.error("%s failed: %s", category, error)
@@ -325,7 +333,7 @@ def load_and_evaluate(
         return evaluate_class(task, category, models[category].restore(device), test, {})
 
     with log_to_file(folder / "run.log"):
-        results, failures = _process_classes(task, process, skip_existing=False)
+        results, failures = _process_classes(task, process, skip_existing=False, tracker=Tracker([]))
     _announce_results(folder, outputs, results, failures, announce)
     return not failures
 

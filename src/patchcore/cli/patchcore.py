@@ -17,6 +17,7 @@ from patchcore.cli.steps import (
     DATASET_ARGUMENTS,
     READING_OPTIONS,
     RUNTIME_OPTIONS,
+    TRACKING_OPTIONS,
     dataset_step,
     refuse,
     refuse_augment,
@@ -38,6 +39,7 @@ from patchcore.configs import (
     RuntimeConfig,
     SamplerConfig,
     SearchConfig,
+    TrackingConfig,
     require_at_least,
 )
 from patchcore.runtime import log_to_console
@@ -55,6 +57,7 @@ from patchcore.runtime import log_to_console
     click.option("--save_anomaly_scores", is_flag=True, help="Raw anomaly maps beside the image scores."),
     click.option("--skip_existing", is_flag=True, help="Reuse the run folder of this name, do what is missing."),
     CALIBRATION_OPTION,
+    *TRACKING_OPTIONS,
 )
 def run_patchcore(**options: Any) -> None:
     """Train PatchCore on good images and evaluate it: RESULTS_PATH, then the steps patch_core, sampler, dataset.
@@ -78,6 +81,8 @@ def _run(
     save_anomaly_scores: bool,
     skip_existing: bool,
     calibration: str,
+    log_online: bool,
+    tensorboard: bool,
 ) -> int:
     step = dict(steps)
     members, score_normalization, search = step["patch_core"]
@@ -91,6 +96,7 @@ def _run(
         outputs=OutputConfig(save_segmentation_images, save_patchcore_model, save_anomaly_scores),
         skip_existing=skip_existing,
         runtime=runtime_config(gpus, device, threads),
+        tracking=TrackingConfig(log_online, tensorboard),
     )
     log_to_console()
     quiet_libraries()

@@ -49,6 +49,12 @@ CALIBRATION_OPTION = click.option(
 )
 
 
+TRACKING_OPTIONS: tuple[Callable[[Any], Any], ...] = (
+    click.option("--log_online", is_flag=True, help="Send the numbers to Weights & Biases, project --log_project."),
+    click.option("--tensorboard", is_flag=True, help="Write the numbers as TensorBoard event files."),
+)
+
+
 def runtime_config(gpus: tuple[int, ...], device: str, threads: int | None) -> RuntimeConfig:
     return RuntimeConfig(device=device, gpus=gpus, threads=threads)
 

@@ -7,10 +7,13 @@ import io
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from patchcore.evaluation.fewshot import FEWSHOT_METRICS, READABLE_METRICS, FewShotPoint, images_text
 
 PANEL_PX = 288  # side of one panel: text of 15 px stays readable beside it
 GAP_PX = 12
@@ -24,6 +27,12 @@ ALARM = (176, 0, 32)
 CONTOUR = (0, 229, 255)  # cyan: apart from every colour of the heat map, for colour-blind eyes too
 DEFECT_OVERLAY = (0, 229, 255)
 MAX_NAME_BYTES = 200  # of a picture without suffix; file systems end at 255
+# Okabe and Ito, without the yellow that vanishes on paper; black is kept for the mean.
+LINE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+LINE_STYLES = ("-", "--", "-.")
+# As many as are coprime to the colours, so that every line differs; the circle is the mean's.
+LINE_MARKERS = ("s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "*")
+TICK_GAP, TICK_DIGIT = 0.025, 0.013  # shares of the axis: free space between two labels, width of a digit
 
 
 @dataclass(frozen=True)
@@ -122,6 +131,82 @@ def png_bytes(picture: Image.Image) -> bytes:
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG")
     return buffer.getvalue()
+
+
+def fewshot_picture(points: Sequence[FewShotPoint], mean_row: str) -> Image.Image:
+    """Draw image AUROC and PRO against the number of training images, one line per class and one for the mean.
+
+    Args:
+        points: As `fewshot_points` returns them.
+        mean_row: Row name of the mean over classes.
+
+    Returns:
+        An RGB image; bars span one standard deviation over seeds to either side, cut at 1. A metric that is blank
+        everywhere gets no panel.
+    """
+    # Imported here: every run imports this module, and the half second is this picture's alone.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    metrics = [m for m in READABLE_METRICS if any(p.means[m] is not None for p in points)] or [READABLE_METRICS[0]]
+    names = list(dict.fromkeys(p.row_name for p in points))
+    num_rows = -(-len(names) // 4)
+    figure = Figure(figsize=(0.8 + 4.6 * len(metrics), 3.9 + 0.22 * num_rows), dpi=160, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(metrics), squeeze=False)[0]
+    ticks = _ticks([p.num_images for p in points if p.row_name != mean_row])
+    lines = {}
+    for panel, metric in zip(panels, metrics, strict=True):
+        for number, name in enumerate(names):
+            curve = [p for p in points if p.row_name == name and p.means[metric] is not None]
+            lines[name] = _draw_curve(panel, curve, metric, None if name == mean_row else number)
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(ticks, [images_text(tick) for tick in ticks])
+        panel.minorticks_off()
+        panel.set_xlabel("training images per class")
+        panel.set_ylabel(FEWSHOT_METRICS[metric])
+        panel.grid(color="0.9")
+        panel.spines[["top", "right"]].set_visible(False)
+    labels = [_fitted(name, 260).replace("$", r"\$") for name in names]  # $ would begin a formula
+    figure.legend(lines.values(), labels, loc="outside lower center", ncols=min(len(names), 4), frameon=False)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+
+
+def _draw_curve(panel: Any, curve: Sequence[FewShotPoint], metric: str, number: int | None) -> Any:
+    """Draw one class, or the mean over classes where it has no number; returns its line."""
+    images = [p.num_images for p in curve]
+    means = np.array([p.means[metric] for p in curve], dtype=np.float64)
+    stds = np.array([p.stds[metric] or 0.0 for p in curve])
+    style: dict[str, Any] = {"color": "black", "linewidth": 2.4, "marker": "o", "markersize": 6.5, "zorder": 4}
+    if number is not None:
+        style = {
+            "color": LINE_COLOURS[number % len(LINE_COLOURS)],
+            "linestyle": LINE_STYLES[number // len(LINE_COLOURS) % len(LINE_STYLES)],
+            "linewidth": 1.3,
+            "marker": LINE_MARKERS[number % len(LINE_MARKERS)],
+            "markersize": 5,
+            "zorder": 3,
+        }
+    (line,) = panel.plot(images, means, **style)
+    bars = [stds, np.clip(1 - means, 0, stds)]
+    panel.errorbar(images, means, bars, fmt="none", ecolor=style["color"], elinewidth=0.9, capsize=2.5, zorder=2)
+    return line
+
+
+def _ticks(values: Sequence[float]) -> list[float]:
+    """Choose ticks on a logarithmic axis: the values that most points have, as far as their labels do not overlap."""
+    candidates = sorted(set(values), key=lambda value: (-values.count(value), value))
+    width = max(np.log(max(values) / min(values)), 1e-12)
+    chosen: list[float] = []
+    for value in candidates:
+        digits = len(images_text(value))
+        gaps = [
+            abs(np.log(value / other)) / width - TICK_DIGIT * (digits + len(images_text(other))) / 2 for other in chosen
+        ]
+        if all(gap >= TICK_GAP for gap in gaps):
+            chosen.append(value)
+    return sorted(chosen)
 
 
 def _draw_caption(draw: ImageDraw.ImageDraw, caption: Caption, width: int) -> None:

@@ -159,23 +159,21 @@ def require_same_config(folder: Path, config: Mapping[str, Any]) -> None:
             f"--skip_existing: {str(folder)!r} holds no readable config.json: choose another --log_group"
         ) from error
     wanted = json.loads(json.dumps(config))
-    differences = [
-        f"{name}: {old!r} there, {new!r} now" for name, old, new in _differences(stored, wanted) if old != new
-    ]
-    if differences:
+    found = [f"{name}: {old!r} there, {new!r} now" for name, old, new in differences(stored, wanted)]
+    if found:
         raise ConfigurationError(
-            f"--skip_existing: the run in {str(folder)!r} differs ({'; '.join(differences)}): "
+            f"--skip_existing: the run in {str(folder)!r} differs ({'; '.join(found)}): "
             "choose another --log_group or the same options"
         )
 
 
-def _differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
-    """Return (dotted name, old, new) of the leaves of two nested dictionaries."""
+def differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """Return (dotted name, old, new) of the leaves in which two nested dictionaries differ."""
     if not (isinstance(old, dict) and isinstance(new, dict)):
-        return [(prefix, old, new)]
+        return [(prefix, old, new)] if old != new else []
     rows = []
     for name in sorted({*old, *new}):
-        rows += _differences(old.get(name), new.get(name), f"{prefix}.{name}" if prefix else name)
+        rows += differences(old.get(name), new.get(name), f"{prefix}.{name}" if prefix else name)
     return rows
 
 
