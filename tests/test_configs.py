@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from patchcore import configs
+from patchcore.config_json import config_from_dict, config_to_dict
 from patchcore.configs import (
     BackboneConfig,
     DatasetConfig,
@@ -23,8 +24,6 @@ from patchcore.configs import (
     SearchConfig,
     TrackingConfig,
     TrainingSource,
-    config_from_dict,
-    config_to_dict,
     near_matches,
 )
 from patchcore.errors import ConfigurationError

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import RunCommand, small_run
+from in_process import read_rows
 
 from patchcore.configs import TrackingConfig
 from patchcore.errors import ConfigurationError
@@ -293,3 +295,27 @@ def test_wandb_disabled_by_its_variable_writes_nothing(
     track_offline(tmp_path / "run")
     assert not list((tmp_path / "run").iterdir())
     assert messages == ["info: Weights & Biases records nothing: WANDB_MODE is disabled"]
+
+
+@pytest.mark.slow
+def test_a_run_from_the_shell_is_followed_by_both(
+    wandb: Any, small_dataset: Path, tmp_path: Path, run_command: RunCommand
+) -> None:
+    pytest.importorskip("tensorboard", reason="the package tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    finished = run_command(
+        "run_patchcore.py", "--device", "cpu", "--threads", 1, "--log_online", "--tensorboard",
+        "--log_project", "parts",
+        tmp_path / "out", *small_run(small_dataset),
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stderr
+    folder = tmp_path / "out" / "parts" / "group"
+    (content,) = offline_records(folder)
+    assert b"mpdd_rod/instance_auroc" in content and b"Mean/full_pro" in content
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    for step, row in enumerate(read_rows(folder / "results.csv")):
+        (event,) = events.Scalars(f"{row['Row Names']}/full_pro")
+        assert (event.step, event.value) == (step, pytest.approx(float(row["full_pro"]), abs=1e-5))
+    assert "wandb sync" in finished.stderr and "tensorboard --logdir" in finished.stderr

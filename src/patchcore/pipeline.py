@@ -22,15 +22,8 @@ import torch
 import patchcore
 import patchcore.methods  # enters every detector into the registry
 from patchcore.class_run import ClassTask, evaluate_class, open_dataset, outputs_exist, train_class
-from patchcore.configs import (
-    DatasetConfig,
-    OutputConfig,
-    PreprocessingConfig,
-    RunConfig,
-    RuntimeConfig,
-    SearchConfig,
-    config_to_dict,
-)
+from patchcore.config_json import config_to_dict
+from patchcore.configs import DatasetConfig, OutputConfig, PreprocessingConfig, RunConfig, RuntimeConfig, SearchConfig
 from patchcore.datasets.inspection import DatasetSplit, resolve_categories
 from patchcore.datasets.registry import dataset_class
 from patchcore.detector import DETECTORS, DetectorBuilder

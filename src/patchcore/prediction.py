@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 import patchcore.methods  # noqa: F401  # enters every detector into the registry
-from patchcore.configs import SearchConfig, config_from_dict, require_choice
+from patchcore.config_json import config_from_dict
+from patchcore.configs import SearchConfig, require_choice
 from patchcore.detector import DETECTORS, AnomalyDetector, DetectorBuilder
 from patchcore.errors import ConfigurationError, DataError
 from patchcore.storage.model_folder import ModelHeader, read_model_header, read_model_tensors

@@ -12,13 +12,8 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from patchcore.configs import (
-    PatchCoreConfig,
-    PreprocessingConfig,
-    SearchConfig,
-    TrainingSource,
-    config_to_dict,
-)
+from patchcore.config_json import config_to_dict
+from patchcore.configs import PatchCoreConfig, PreprocessingConfig, SearchConfig, TrainingSource
 from patchcore.detector import (
     AnomalyDetector,
     DetectorBuilder,

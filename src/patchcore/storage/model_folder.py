@@ -16,7 +16,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from patchcore.configs import PreprocessingConfig, TrainingSource, config_from_dict, config_to_dict
+from patchcore.config_json import config_from_dict, config_to_dict
+from patchcore.configs import PreprocessingConfig, TrainingSource
 from patchcore.errors import ConfigurationError
 from patchcore.scoring.calibration import Calibration
 from patchcore.storage.files import write_bytes, write_folder, write_json

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from patchcore.configs import config_from_dict
+from patchcore.config_json import config_from_dict
 from patchcore.errors import ConfigurationError, DataError
 from patchcore.storage.files import write_bytes, write_csv, write_json
 
