@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from patchcore.configs import TrackingConfig
 from patchcore.errors import ConfigurationError
 from patchcore.tracking import Tracker, open_tracker, require_trackers
 
+WANDB_FILE_HEADER_BYTES = 7
 CONFIG = {"method": "patchcore", "dataset": {"path": os.fsdecode(b"/parts \xff"), "limit_train": None}, "seed": 3}
 
 
@@ -174,8 +176,19 @@ def track_offline(folder: Path, group: str = "group") -> None:
 
 
 def offline_records(folder: Path) -> list[bytes]:
-    """Return the content of W&B's offline runs; names and numbers stand in it as text."""
-    return [path.read_bytes() for path in sorted(folder.glob("wandb/offline-run-*/*.wandb"))]
+    """Return the content of W&B's offline runs; names and numbers stand in it as text.
+
+    W&B's service, a process of its own, may still be writing when a run has ended.
+    """
+    deadline = time.monotonic() + 60
+    before: list[bytes] = []
+    while time.monotonic() < deadline:
+        contents = [path.read_bytes() for path in sorted(folder.glob("wandb/offline-run-*/*.wandb"))]
+        if contents == before and all(len(content) > WANDB_FILE_HEADER_BYTES for content in contents):
+            break
+        before = contents
+        time.sleep(0.3)
+    return contents
 
 
 def test_wandb_offline_keeps_the_numbers_in_the_run_folder(
