@@ -37,7 +37,7 @@ setup(
         "pillow>=10.3",
         "safetensors>=0.4.3",
         "scikit-image>=0.22",
-        "timm>=1.0.9",
+        "timm>=1.0.22",
         "torch>=2.4",
         "torchvision>=0.19",
         "tqdm>=4.66",

