@@ -6,6 +6,7 @@ import dataclasses
 import http.client
 import os
 import pickle
+import re
 import urllib.error
 from collections.abc import Callable
 from pathlib import Path
@@ -15,11 +16,13 @@ import numpy as np
 import pytest
 import skimage.data
 import torch
+from conftest import REPOSITORY
 from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
+from patchcore.configs import BackboneConfig
 from patchcore.errors import ConfigurationError
 from patchcore.features import backbones
 from patchcore.features.backbones import (
@@ -32,7 +35,7 @@ from patchcore.features.backbones import (
     load_state_in_order,
     read_state_dict,
 )
-from patchcore.features.extractor import FeatureExtractor
+from patchcore.features.extractor import FeatureExtractor, build_extractor
 
 SMALL = "timm:mobilenetv3_small_050"  # few weights: quick to write and read
 
@@ -543,3 +546,26 @@ def test_packaged_backbones_take_other_weights_too(tmp_path: Path, monkeypatch: 
 def test_entries_are_callables() -> None:
     assert all(callable(entry.build) for entry in BACKBONES.values())
     assert backbone_entry("resnet18") is BACKBONES["resnet18"]
+
+
+def readme_rows() -> list[tuple[list[str], list[str], str]]:
+    """Return names, layers and grid of each row of the README's table of backbones."""
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    lines = readme.split("### Backbones")[1].split("The first `-le`")[0].splitlines()
+    cells = [line.strip("|").split("|") for line in lines if line.startswith("| `") and "timm:" not in line]
+    return [
+        (re.findall(r"`(.+?)`", names), re.findall(r"`(.+?)`", layers), grid.strip()) for names, layers, grid in cells
+    ]
+
+
+def test_the_readme_has_every_backbone_with_its_good_layers() -> None:
+    stated = {name: tuple(layers) for names, layers, _ in readme_rows() for name in names}
+    assert stated == {name: entry.good_layers for name, entry in BACKBONES.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", range(len(readme_rows())))
+def test_the_readme_states_the_grid(row: int) -> None:
+    names, layers, grid = readme_rows()[row]
+    extractor = build_extractor(BackboneConfig(names[0], tuple(layers), weights="random"), 224)
+    assert str(extractor.feature_shapes[layers[0]][1]) == grid
