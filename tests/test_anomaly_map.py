@@ -100,3 +100,9 @@ def test_image_score_by_hand() -> None:
 def test_topk_is_the_mean_of_the_highest_percent() -> None:
     patch_scores = torch.arange(400.0).view(1, 20, 20)
     assert image_scores(patch_scores, "topk").tolist() == [(396 + 397 + 398 + 399) / 4]
+    for side, count in ((28, 8), (70, 49), (71, 51)):  # rounded up, and a product of floats is not trusted
+        ones = torch.zeros(side * side)
+        ones[:count] = 1
+        assert image_scores(ones.view(1, side, side), "topk").tolist() == [1.0]
+        ones[count] = 1
+        assert image_scores(ones.view(1, side, side) - 1, "topk").tolist() == [0.0]

@@ -84,12 +84,12 @@ def test_fusion_by_hand_from_single_models() -> None:
     scores, maps = [], []
     for member in members:
         model = single(member).fit(Batches(TRAIN))
-        normal = model.out_of_fold_scores()
+        normal = model.out_of_fold_scores("")
         assert normal is not None
-        images, patches = normal.images.double(), normal.patches.double()
+        patches = normal.patches.double()
         prediction = model.predict(TEST)
         assert prediction.maps is not None
-        scores.append((prediction.scores - float(images.mean())) / float(images.std()))
+        scores.append((prediction.scores - float(patches.mean())) / float(patches.std()))
         maps.append((prediction.maps - float(patches.mean())) / float(patches.std()))
     np.testing.assert_allclose(fused.scores, np.mean(scores, axis=0), rtol=1e-4, atol=1e-4)
     assert fused.maps is not None
@@ -98,26 +98,32 @@ def test_fusion_by_hand_from_single_models() -> None:
 
 
 def test_the_calibration_is_that_of_the_fused_out_of_fold_scores() -> None:
-    model = build(replace(RESNET, seed=1), replace(LITE, seed=2)).fit(Batches(TRAIN))
+    members = [replace(RESNET, seed=1), replace(LITE, seed=2)]
+    model = build(*members).fit(Batches(TRAIN))
     calibration = model.out_of_fold_calibration()
     assert calibration is not None and calibration.map_maxima is not None
-    assert calibration.num_folds == len(TRAIN)
-    # Each member's scores have mean 0 and standard deviation 1, so the mean of two is narrower unless they agree.
-    assert np.mean(calibration.image_scores) == pytest.approx(0, abs=1e-5)
-    assert 0 < calibration.image.std <= 1 + 1e-5
-    assert calibration.image.threshold == pytest.approx(3 * calibration.image.std, abs=1e-5)
-    assert len(calibration.map_maxima) == len(TRAIN)
+    assert calibration.num_folds == len(TRAIN) == len(calibration.map_maxima)
+    standardised = []
+    for member in members:
+        normal = single(member).fit(Batches(TRAIN)).out_of_fold_scores("")
+        assert normal is not None
+        patches = normal.patches.double()
+        standardised.append(((normal.images - patches.mean()) / patches.std()).numpy())
+    expected = np.mean(standardised, axis=0)
+    np.testing.assert_allclose(calibration.image_scores, expected, rtol=1e-4)
+    assert calibration.image.threshold == pytest.approx(expected.mean() + 3 * expected.std(ddof=1), rel=1e-4)
+    assert calibration.pixel_floor == pytest.approx(0, abs=0.2), "an ordinary normal pixel lies at the mean"
 
 
 def test_the_unit_of_a_members_distances_has_no_say() -> None:
     generator = torch.Generator().manual_seed(0)
     scores = PatchScores(torch.rand(9, generator=generator), torch.rand(9, 4, 4, generator=generator))
     larger = PatchScores(30 * scores.images + 5, 30 * scores.patches + 5)
-    expected, standardised = (MemberScale.of(s).standardised(s) for s in (scores, larger))
+    expected, standardised = (MemberScale.of(s.patches).standardised(s) for s in (scores, larger))
     torch.testing.assert_close(standardised.images, expected.images)
     torch.testing.assert_close(standardised.patches, expected.patches)
-    assert float(expected.images.mean()) == pytest.approx(0, abs=1e-6)
-    assert float(expected.images.std()) == pytest.approx(1)
+    assert float(expected.patches.mean()) == pytest.approx(0, abs=1e-6)
+    assert float(expected.patches.std()) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("normalization", ["calibrated", "minmax"])
@@ -134,6 +140,36 @@ def test_a_stored_ensemble_gives_the_same_scores(normalization: str, tmp_path: P
     assert (loaded.calibration_ is None) == (normalization == "minmax")
 
 
+def test_swapped_renamed_and_foreign_files_are_refused(tmp_path: Path) -> None:
+    build(RESNET, replace(RESNET, patchsize=5)).fit(Batches(TRAIN)).save(tmp_path / "m")
+    first, second = (tmp_path / "m" / f"Ensemble-{i}-2_search_index.safetensors" for i in (1, 2))
+    contents = first.read_bytes(), second.read_bytes()
+    first.write_bytes(contents[1])
+    second.write_bytes(contents[0])
+    with pytest.raises(ConfigurationError, match="swapped or renamed"):
+        load_detector(tmp_path / "m", CPU)
+    first.write_bytes(contents[0])
+    second.write_bytes(contents[0])
+    with pytest.raises(ConfigurationError, match=r"Ensemble-2-2.* was written as 'Ensemble-1-2"):
+        load_detector(tmp_path / "m", CPU)
+
+
+def test_tensors_that_no_member_has_are_refused() -> None:
+    tensors = build(RESNET, LITE).fit(Batches(TRAIN)).tensors()
+    with pytest.raises(ConfigurationError, match=r"Ensemble-3-2/memory_bank.* no member"):
+        build(RESNET, LITE).restore({**tensors, "Ensemble-3-2/memory_bank": torch.zeros(3, 4)})
+    with pytest.raises(ConfigurationError, match=r"member_scales.* no member"):
+        build(RESNET, LITE, normalization="minmax").restore(tensors)
+
+
+def test_thresholds_beside_minmax_are_refused(tmp_path: Path) -> None:
+    model = build(RESNET, LITE, normalization="minmax").fit(Batches(TRAIN))
+    model.calibration_ = single(RESNET).fit(Batches(TRAIN)).out_of_fold_calibration()
+    model.save(tmp_path / "m")
+    with pytest.raises(ConfigurationError, match="has thresholds, but its scores are scaled over the test"):
+        load_detector(tmp_path / "m", CPU)
+
+
 def test_a_missing_member_is_named(tmp_path: Path) -> None:
     build(RESNET, LITE).fit(Batches(TRAIN)).save(tmp_path / "m")
     (tmp_path / "m" / "Ensemble-2-2_search_index.safetensors").unlink()
@@ -143,7 +179,7 @@ def test_a_missing_member_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"config": "members"}, {"scales": [[1.0, 0.0, 1.0, 1.0]] * 2}, {"scales": [[1.0, 1.0]] * 2}, {"scales": None}],
+    [{"config": "members"}, {"scales": [[1.0, 0.0]] * 2}, {"scales": [[1.0, 1.0, 1.0]] * 2}, {"scales": None}],
 )
 def test_stored_parts_that_do_not_fit_are_refused(change: dict[str, object], tmp_path: Path) -> None:
     model = build(RESNET, LITE).fit(Batches(TRAIN))
@@ -220,8 +256,41 @@ def test_equal_members_differ_in_their_coresets_and_follow_the_run() -> None:
     assert not torch.equal(first, second)
     again = build(RESNET, RESNET).fit(Batches(TRAIN))
     assert torch.equal(again.members[1].memory_bank_, second)
-    equal_seeds = build(replace(RESNET, seed=9), replace(RESNET, seed=9)).fit(Batches(TRAIN))
-    assert torch.equal(equal_seeds.members[0].memory_bank_, equal_seeds.members[1].memory_bank_)
+    other_run = Ensemble.prepare(EnsembleConfig((RESNET, RESNET)), PREPROCESSING, SearchConfig())(
+        replace(SOURCE, seed=5), CPU
+    )
+    assert isinstance(other_run, Ensemble)
+    assert not torch.equal(other_run.fit(Batches(TRAIN)).members[0].memory_bank_, first)
+
+
+def test_members_that_would_be_the_same_model_are_refused() -> None:
+    identity = replace(RESNET, sampler=SamplerConfig("identity", 1.0))
+    for members in [
+        (replace(RESNET, seed=9), replace(RESNET, seed=9)),
+        (identity, identity),
+        (LITE, replace(identity, seed=1), replace(identity, seed=2)),
+    ]:
+        with pytest.raises(ConfigurationError, match="would be the same model"):
+            EnsembleConfig(members)
+    for members in [
+        (RESNET, RESNET),
+        (RESNET, replace(RESNET, seed=9)),
+        (replace(RESNET, seed=9), replace(RESNET, seed=8)),
+        (identity, replace(identity, patchsize=5)),
+    ]:
+        EnsembleConfig(members)
+
+
+def test_members_that_embed_alike_share_their_embeddings() -> None:
+    model = build(RESNET, replace(RESNET, seed=3, num_nn=2, patchscore="mean"), replace(RESNET, patchsize=5))
+    first, second, third = (member.embedder for member in model.members)
+    assert first is second and third is not first and third.extractor is first.extractor
+
+
+def test_a_fold_too_small_for_the_neighbours_names_the_way_out() -> None:
+    small = replace(RESNET, sampler=SamplerConfig("random", 0.02), num_nn=2)  # 3 of 128 patches; 1 of a fold's 64
+    with pytest.raises(DataError, match=r"calibration fold has 1 patch.* --score_normalization minmax"):
+        build(small, replace(LITE, sampler=small.sampler)).fit(Batches(TRAIN[:2]))
 
 
 def test_normal_images_that_all_score_alike_give_a_finite_scale() -> None:

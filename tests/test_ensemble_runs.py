@@ -106,3 +106,25 @@ def test_score_normalization_of_a_single_backbone_is_refused(data: Path, tmp_pat
     assert done.code == 2 and "found one backbone" in done.err
     assert len(done.error_lines) == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--limit_train", "1"), "--limit_train 1 does not tell the scale"),
+        (("--seed", "0", "--seed", "1"), "every -b has a .seed-N"),
+        (("--sampler_is_identity",), "would be the same model"),
+        (("--weights", ""), "--weights is empty"),
+    ],
+)
+def test_what_can_be_known_is_refused_before_any_work(
+    options: tuple[str, ...], words: str, data: Path, tmp_path: Path
+) -> None:
+    identity = options == ("--sampler_is_identity",)
+    done = invoke(
+        run_patchcore, tmp_path / "out", "patch_core", "-b", "resnet18.seed-1", "-b", "resnet18.seed-2",
+        "-le", "0.layer2", "-le", "1.layer2", "sampler", "identity" if identity else "random",
+        "dataset", "mpdd", data, *(() if identity else options),
+    )  # fmt: skip
+    assert done.code == 2 and words in done.err and len(done.error_lines) == 1
+    assert not (tmp_path / "out").exists()

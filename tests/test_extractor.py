@@ -25,7 +25,7 @@ SEED = 3
 # The networks as their libraries make them, with their in-place activations.
 WHOLE_NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "resnet18": lambda: get_model("resnet18", weights=None),
-    "densenet121": lambda: get_model("densenet121", weights=None),
+    "densenet201": lambda: get_model("densenet201", weights=None),
     "vgg11": lambda: get_model("vgg11", weights=None),
     "efficientnet_lite0": lambda: timm.create_model("tf_efficientnet_lite0"),
     "timm:mobilenetv3_small_050": lambda: timm.create_model("mobilenetv3_small_050"),
@@ -99,9 +99,9 @@ def resnet() -> Backbone:
         ("efficientnet_lite0", ["blocks.2", "blocks.4"]),
         ("efficientnet_lite0", ["blocks.3", "blocks.1.0.conv_dw"]),
         ("efficientnet_lite0", ["bn2"]),
-        ("densenet121", ["features.denseblock2", "features.denseblock3"]),
-        ("densenet121", ["features.transition1", "features.denseblock1.denselayer2.conv1"]),
-        ("densenet121", ["features"]),  # the network goes on with an in-place function
+        ("densenet201", ["features.denseblock2", "features.denseblock3"]),
+        ("densenet201", ["features.transition1", "features.denseblock1.denselayer2.conv1"]),
+        ("densenet201", ["features"]),  # the network goes on with an in-place function
         ("vgg11", ["features.10", "features.15"]),
         ("vgg11", ["features.8", "features.3"]),  # followed by in-place activations
         ("timm:mobilenetv3_small_050", ["blocks.3", "blocks.1"]),
@@ -153,7 +153,7 @@ def test_nothing_behind_the_last_layer_is_run_or_held(layers: list[str], needed:
     ("name", "behind"),
     [
         ("efficientnet_lite0", ("blocks.5", "blocks.6", "conv_head", "bn2", "classifier")),
-        ("densenet121", ("features.transition3", "features.denseblock4", "features.norm5", "classifier")),
+        ("densenet201", ("features.transition3", "features.denseblock4", "features.norm5", "classifier")),
     ],
 )
 def test_good_layers_leave_the_rest_of_the_network_out(name: str, behind: tuple[str, ...]) -> None:

@@ -69,8 +69,8 @@ SAME_LINES = [
     "soup --time 3 --quiet boil --spice a --spice b --lid rice fry -p 0.5 -pa 2 egg",
     "soup boil rice fry egg --time 3 --quiet --spice a --spice b --lid -p 0.5 -pa 2",
     "soup boil rice fry egg --time=3 --spice=a --quiet --spice=b --lid -p0.5 --parts=2",
-    "--pan 0.5 soup -pa 2 boil --time 3 rice --spice a fry --lid --quiet egg --spice b",
-    "--spice a soup fry --spice b --lid egg boil rice --pan=0.5 --quiet -pa=2 --time 3",
+    "--pan 0.5 soup -pa 2 boil --time 3 rice fry --spice a --lid --quiet egg --spice b",
+    "--spice a --spice b soup fry --lid egg boil rice --pan=0.5 --quiet -pa=2 --time 3",
 ]
 
 
@@ -99,7 +99,12 @@ def test_the_later_value_counts(line: str, time: int) -> None:
 
 def test_an_option_typed_before_its_part_does_not_beat_the_parts_own() -> None:
     assert typed("soup --pan 1 boil rice --pan 2 fry --pan 3 egg")["fry"]["pan"] == 3
-    assert typed("soup fry --spice a egg boil --spice b rice --spice c")["boil"]["spice"] == ("a", "b", "c")
+    assert typed("soup fry --spice a egg boil --spice b rice --spice c")["boil"]["spice"] == ("b", "c")
+
+
+def test_a_repeatable_option_typed_behind_a_later_part_replaces_what_was_typed_before() -> None:
+    assert typed("soup boil --spice a rice --spice b fry egg --spice=c --spice d")["boil"]["spice"] == ("c", "d")
+    assert typed("--spice a soup boil rice fry --spice b egg")["boil"]["spice"] == ("b",)
 
 
 def test_a_value_may_look_like_a_step_or_an_option() -> None:
@@ -148,4 +153,4 @@ def test_what_has_no_clear_home_is_one_line(case: str) -> None:
 
 def test_help_says_the_rule() -> None:
     shown = " ".join(invoke(cook, "--help").out.split())
-    assert "goes to the step that has it" in shown and "the later one counts" in shown
+    assert "goes to the step that has it" in shown and "it replaces what was typed of it before" in shown

@@ -409,7 +409,7 @@ def test_faiss_that_cannot_be_imported_is_reported_once(
         searches = [build_nearest_neighbours(False, 4, CPU) for _ in range(2)]
     assert [type(search) for search in searches] == [TorchNN, TorchNN]
     assert [record.getMessage() for record in caplog.records] == [
-        "faiss was asked for and faiss-gpu-cu12 cannot be imported: searching with torch on cpu"
+        "--faiss_num_workers: faiss-gpu-cu12 cannot be imported, searching with torch on cpu"
     ]
 
 

@@ -213,7 +213,7 @@ def test_patchscore_says_which_patches_make_the_image_score(
     patchscore: str, extractor: FeatureExtractor, train: torch.Tensor, test: torch.Tensor
 ) -> None:
     model = build(extractor, patchscore=patchscore).fit(Batches(train))
-    patches = model.score_features(extractor(test)).patches.flatten(1).numpy()
+    patches = model.score_embeddings(model.embedder(extractor(test))).patches.flatten(1).numpy()
     expected = patches.mean(axis=1) if patchscore == "mean" else patches.max(axis=1)  # one percent of 64 is one patch
     np.testing.assert_allclose(model.predict(test).scores, expected, rtol=1e-6)
 

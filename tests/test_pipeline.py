@@ -344,7 +344,8 @@ def test_several_seeds(data: Path, tmp_path: Path) -> None:
     assert done.code == 0
     folders = [group(tmp_path, f"try_S{seed}") for seed in (0, 1, 2)]
     assert sorted(p.name for p in group(tmp_path, "").iterdir()) == ["try_S0", "try_S1", "try_S2", "try_seeds.csv"]
-    assert str(group(tmp_path, "try_seeds.csv")) in done.out
+    assert str(group(tmp_path, "try_seeds.csv")) in done.out and "1.0000 ± 0.0000" in done.out
+    assert "seed 1 (2 of 3)" in done.err
     tables = [read_rows(folder / "results.csv") for folder in folders]
     for i, row in enumerate(read_rows(group(tmp_path, "try_seeds.csv"))):
         assert (row["Row Names"], row["num_seeds"]) == (("mpdd_rod", "3"), ("Mean", "3"))[i]

@@ -33,6 +33,7 @@ from patchcore.storage.run_folder import (
     require_writable,
     save_class_result,
     seed_group,
+    seed_statistics,
     write_seed_table,
     write_tables,
 )
@@ -147,7 +148,7 @@ def test_tables_with_blank_cells_and_failures(tmp_path: Path) -> None:
 
 def test_seed_table_by_hand(tmp_path: Path) -> None:
     runs = [[result("a", 0.1), result("b", None)], [result("a", 0.4), result("b", 0.8)], [result("a", 0.7)]]
-    write_seed_table(tmp_path / "s.csv", runs)
+    write_seed_table(tmp_path / "s.csv", seed_statistics(runs))
     a, b, mean = read_rows(tmp_path / "s.csv")
     assert (a["num_seeds"], a["f1_mean"], a["f1_std"]) == ("3", "0.400000", "0.300000")
     assert (b["num_seeds"], b["f1_mean"], b["f1_std"]) == ("2", "0.800000", "")  # one value has no deviation

@@ -118,13 +118,7 @@ def _calibrate(
     detector: AnomalyDetector, method: str, held_out: InspectionDataset, task: ClassTask
 ) -> Calibration | None:
     """Calibrate on normal images that the scores' model has not seen; None where there are too few."""
-    if method == "none":
-        return None
-    if not detector.can_calibrate:
-        LOGGER.warning(
-            "%s: scores that are scaled over the test images have no threshold: decisions are left blank",
-            held_out.category,
-        )
+    if method == "none" or not detector.can_calibrate:
         return None
     if method == "kfold":
         calibration = detector.out_of_fold_calibration()
@@ -169,7 +163,7 @@ def _latency(detector: AnomalyDetector, test: InspectionDataset) -> dict[str, fl
     for image in images[:LATENCY_WARMUP]:
         detector.predict(image)
     milliseconds = []
-    for image in images:
+    for image in progress(images, f"{test.category}: latency"):
         started = time.perf_counter()
         detector.predict(image)
         milliseconds.append(1000 * (time.perf_counter() - started))

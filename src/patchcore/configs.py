@@ -6,11 +6,12 @@ A configuration is complete and valid once it is constructed.
 from __future__ import annotations
 
 import difflib
+import itertools
 import math
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from patchcore.errors import ConfigurationError
 
@@ -19,6 +20,8 @@ EMBEDDINGS = ("pooled", "concat")
 NORMALIZATIONS = ("imagenet", "backbone")
 DEMO_CATEGORIES = ("metal_plate", "bracket_black", "bracket_brown", "bracket_white")
 CALIBRATION_METHODS = ("none", "kfold", "split")
+MAX_LIST_LENGTH = 250  # of the known names in a message, characters: three lines
+MAX_SEED = 2**63 - 1  # what torch takes
 PATCH_SCORES = ("max", "mean", "topk")
 SCORE_NORMALIZATIONS = ("calibrated", "minmax")
 
@@ -29,7 +32,11 @@ def near_matches(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
     if near:
         return f"did you mean {' or '.join(near)}?"
-    return f"known: {', '.join(names)}"
+    shown = names
+    while len(", ".join(shown)) > MAX_LIST_LENGTH:
+        shown = shown[:-1]
+    more = f" and {len(names) - len(shown)} more" if len(shown) < len(names) else ""
+    return f"known: {', '.join(shown)}{more}"
 
 
 def require_choice(what: str, value: str, known: Iterable[str]) -> None:
@@ -175,6 +182,7 @@ class BackboneConfig:
 
     def __post_init__(self) -> None:
         require_choice("normalization", self.normalization, NORMALIZATIONS)
+        require_at_least("seed of random weights", self.seed, 0, MAX_SEED)
         if not self.layers:
             raise ConfigurationError(f"backbone {self.name!r} has no layer: name at least one, such as -le layer2")
         if len(set(self.layers)) < len(self.layers):
@@ -232,7 +240,7 @@ class PatchCoreConfig:
                     "one: leave one of the two out"
                 )
         if self.seed is not None:
-            require_at_least("seed of a backbone", self.seed, 0)
+            require_at_least("seed of a backbone", self.seed, 0, MAX_SEED)
         dimensions = (self.pretrain_embed_dimension, self.target_embed_dimension)
         if self.embedding == "concat" and dimensions != (1024, 1024):
             raise ConfigurationError(
@@ -248,6 +256,13 @@ class PatchCoreConfig:
                 raise ConfigurationError(f"{name} is {size}, expected an odd number so that it has a centre")
         if len(set(self.patchsizes)) < len(self.patchsizes):
             raise ConfigurationError(f"patch sizes {self.patchsizes}: one is named twice, name each once")
+
+
+def _same_model(one: PatchCoreConfig, other: PatchCoreConfig) -> bool:
+    """Return whether two members come out alike: no random choice, or the same one, tells them apart."""
+    if replace(one, seed=None) != replace(other, seed=None):
+        return False
+    return one.sampler.name == "identity" or (one.seed is not None and one.seed == other.seed)
 
 
 @dataclass(frozen=True)
@@ -269,6 +284,12 @@ class EnsembleConfig:
             raise ConfigurationError(
                 f"an ensemble of {len(self.members)} member(s), expected two or more: name each -b"
             )
+        for (first, one), (second, other) in itertools.combinations(enumerate(self.members), 2):
+            if _same_model(one, other):
+                raise ConfigurationError(
+                    f"members {first} and {second} of the ensemble would be the same model: give one of them another "
+                    "backbone, other layers or, with a random or coreset sampler, another .seed-N"
+                )
 
 
 @dataclass(frozen=True)

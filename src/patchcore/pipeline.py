@@ -78,7 +78,9 @@ def train_and_evaluate(
     seedless = run_folder.group_without_seed(run.log_group)  # seeds of several commands belong together too
     finished: list[list[ClassResult]] = []
     complete = True
-    for seed, identity in identities.items():
+    for number, (seed, identity) in enumerate(identities.items(), start=1):
+        if len(identities) > 1:
+            LOGGER.info("seed %d (%d of %d)", seed, number, len(identities))
         folder = _open_run_folder(parent, _group(run, seed), identity, run, device)
         task = ClassTask(folder, dataset, run.outputs, device)
         announce(f"results: {folder}")
@@ -106,6 +108,12 @@ def _require_held_out(run: RunConfig, dataset: DatasetConfig) -> None:
             num_held_out = len(open_dataset(dataset, category, DatasetSplit.VAL, seed=0))
         except DataError:  # the files of this class are at fault: it fails by name when its turn comes
             continue
+        num_images = len(open_dataset(replace(dataset, train_val_split=1.0), category, DatasetSplit.TRAIN, seed=0))
+        if num_images < 3:
+            raise ConfigurationError(
+                f"--calibration split holds 2 images of each class out, {category!r} has {num_images} for training: "
+                "use --calibration kfold or none"
+            )
         if num_held_out < 2:
             raise ConfigurationError(
                 f"--calibration split needs 2 held-out images of each class, --train_val_split "
@@ -229,7 +237,10 @@ def _announce_results(
     if len(results) > 1:
         rows.append((run_folder.MEAN_ROW, run_folder.mean_metrics(results)))
     cells = [[name, *(_short(m[c]) for c in TABLE_COLUMNS)] for name, m in rows]
-    announce(text_table((run_folder.ROW_NAMES, *TABLE_COLUMNS), cells))
+    if results:
+        announce(text_table((run_folder.ROW_NAMES, *TABLE_COLUMNS), cells))
+    if outputs.models and results:
+        announce(f"models: {folder / 'models'}")
     if outputs.segmentation_images and results:
         announce(f"pictures: {folder / 'segmentation_images'}")
     for name, reason in failures.items():
@@ -241,13 +252,20 @@ def _short(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
 
 
+def _short_with_std(mean: float | None, std: float | None) -> str:
+    return _short(mean) if std is None else f"{_short(mean)} ± {std:.4f}"
+
+
 def _write_seed_table(
     parent: Path, run: RunConfig, finished: Sequence[Sequence[ClassResult]], announce: Announce
 ) -> None:
     """Write mean and standard deviation over seeds beside the run folders, under a name not yet taken."""
     stem = f"{run_folder.group_without_seed(run.log_group)}_seeds"
     path = run_folder.free_file(parent, stem, ".csv") if not run.skip_existing else parent / f"{stem}.csv"
-    run_folder.write_seed_table(path, finished)
+    statistics = run_folder.seed_statistics(finished)
+    run_folder.write_seed_table(path, statistics)
+    cells = [[s.row_name, *(_short_with_std(*s.columns[c]) for c in TABLE_COLUMNS)] for s in statistics]
+    announce(text_table((run_folder.ROW_NAMES, *TABLE_COLUMNS), cells))
     announce(f"mean and standard deviation over {len(finished)} seeds: {path}")
 
 

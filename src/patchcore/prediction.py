@@ -41,6 +41,11 @@ class StoredModel:
             detector.restore(read_model_tensors(self.folder))
         except (ConfigurationError, DataError) as error:
             raise ConfigurationError(f"model {str(self.folder)!r}: {error}") from error
+        if self.header.calibration is not None and not detector.can_calibrate:
+            raise ConfigurationError(
+                f"model {str(self.folder)!r} has thresholds, but its scores are scaled over the test images: "
+                "model.json was edited, train the model anew"
+            )
         detector.calibration_ = self.header.calibration
         return detector
 

@@ -241,9 +241,10 @@ class WandbRecorder:
 
 
 def _earlier_wandb_id(folder: Path) -> str | None:
-    """Return the id of the W&B run that a run folder has already, from W&B's name for its subfolder."""
-    names = [path.name.partition("run-")[2] for path in (folder / "wandb").glob("*run-*-*")]
-    return max(names).split("-")[1] if names else None  # <time>-<id>, and a number where two began in one second
+    """Return the id of the newest W&B run that a run folder has already, from the name that W&B gives its record."""
+    records = (folder / "wandb").glob("*run-*/run-*.wandb")  # <time>-<id>/run-<id>.wandb, with "offline-" or not
+    newest = max(records, key=lambda path: path.parent.name.partition("run-")[2], default=None)
+    return newest.stem.removeprefix("run-") if newest else None
 
 
 class TensorBoardRecorder:

@@ -74,5 +74,7 @@ def _weights_of_each(weights: Sequence[str], num_backbones: int) -> list[str]:
         raise click.UsageError(
             f"{len(weights)} --weights for {num_backbones} backbone(s), expected none, one for all, or one for each -b"
         )
+    if not all(weights):
+        raise click.UsageError("--weights is empty, expected pretrained, random or the path of a file")
     typed = list(weights) * (num_backbones if len(weights) == 1 else 1) or ["pretrained"] * num_backbones
     return [w if w in ("pretrained", "random") else os.path.abspath(w) for w in typed]

@@ -7,7 +7,8 @@ As in the original, every step returns one value. More forgiving than plain clic
 - The options of the command and of each step may stand before or after its arguments.
 - An option that the present step does not have goes to the part of the command that has it, if it is typed and the
   only one, so that a shell script can append "$@" behind its last step. The present step wins for its own options.
-- Of an option with one value the token typed last counts, wherever it was typed.
+- Of an option with one value the token typed last counts, wherever it was typed; of a repeatable option, all that is
+  typed behind one part, which replaces what was typed of it behind an earlier one. So what a user appends wins.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from patchcore.errors import ConfigurationError
 HELP = "--help"
 RULE = (
     "Options may stand before or after the arguments. One that the present step does not have goes to the step that "
-    "has it, so that it may also be typed behind the last step; of two values the later one counts."
+    "has it, so that it may also be typed behind the last step; there it replaces what was typed of it before."
 )
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -201,12 +202,26 @@ class ChainedCommand(OneLineErrors, click.Group):
     def _options_first(self, arguments: Mapping[str, list[str]], options: Sequence[_TypedOption]) -> list[str]:
         """Return the command line as plain click wants it: each option in its part, before the part's arguments."""
         own: dict[str, list[str]] = {part: [] for part in arguments}
-        for option in options:
-            own[_home(option, arguments)] += option.tokens
+        placed = [(option, _home(option, arguments)) for option in options]
+        last_place = {(home, self._repeatable(option, home)): option.present for option, home in placed}
+        for option, home in placed:
+            name = self._repeatable(option, home)
+            if name is None or last_place[home, name] == option.present:
+                own[home] += option.tokens
         ordered: list[str] = []
         for part, values in arguments.items():
             ordered += [*([part] if part in self.commands else []), *own[part], *values]
         return ordered
+
+    def _repeatable(self, option: _TypedOption, home: str) -> str | None:
+        """Return the name of the parameter that an option sets, if it may be typed several times."""
+        token = option.tokens[0]
+        for parameter in self._parts()[home].params:
+            names = [*parameter.opts, *parameter.secondary_opts]
+            spelled = token.partition("=")[0] in names or (not token.startswith("--") and token[:2] in names)
+            if isinstance(parameter, click.Option) and parameter.multiple and spelled:
+                return parameter.name
+        return None
 
 
 def _num_arguments(command: click.Command) -> int:
@@ -259,4 +274,4 @@ def quiet_libraries() -> None:
     """Keep third-party chatter, which no user can act on, away from the terminal."""
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
     logging.getLogger("timm").setLevel(logging.ERROR)
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its own name for it: it sets its logger when imported

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -43,6 +44,8 @@ from patchcore.configs import (
     require_at_least,
 )
 from patchcore.runtime import log_to_console
+
+LOGGER = logging.getLogger(__name__)
 
 
 @click.group("run_patchcore", cls=ChainedCommand, required_steps=("patch_core", "sampler", "dataset"))
@@ -87,6 +90,8 @@ def _run(
     step = dict(steps)
     members, score_normalization, search = step["patch_core"]
     method, config = _method(members, step["sampler"], score_normalization)
+    _require_seeds_that_differ(seeds, members, step["dataset"])
+    _require_images_for_fusion(config, step["dataset"])
     run = RunConfig(
         results_path=results_path,
         log_project=log_project,
@@ -100,10 +105,34 @@ def _run(
     )
     log_to_console()
     quiet_libraries()
+    if score_normalization == "minmax" and calibration != "none":
+        LOGGER.warning("minmax scales scores over the test images, which leaves no threshold: decisions stay blank")
     from patchcore.pipeline import train_and_evaluate
 
     complete = train_and_evaluate(method, config, run, step["dataset"], search, announce)
     return 0 if complete else EXIT_FAILED
+
+
+def _require_seeds_that_differ(
+    seeds: Sequence[int], members: Sequence[PatchCoreConfig], dataset: DatasetConfig
+) -> None:
+    """Refuse several --seed where none of them decides anything."""
+    decided_elsewhere = all(member.seed is not None for member in members)
+    if len(seeds) > 1 and decided_elsewhere and dataset.limit_train is None and dataset.train_val_split == 1:
+        raise click.UsageError(
+            f"{len(seeds)} --seed, but every -b has a .seed-N in their place, so that all runs would be the same: "
+            "leave .seed-N out or name one --seed"
+        )
+
+
+def _require_images_for_fusion(config: PatchCoreConfig | EnsembleConfig, dataset: DatasetConfig) -> None:
+    """Refuse an ensemble whose members would have a single image to learn their scale from."""
+    needs_scale = isinstance(config, EnsembleConfig) and config.score_normalization == "calibrated"
+    if needs_scale and dataset.limit_train == 1:
+        raise click.UsageError(
+            "--limit_train 1 does not tell the scale of an ensemble's members, expected 2 or more: give more images, "
+            "or --score_normalization minmax"
+        )
 
 
 def _method(

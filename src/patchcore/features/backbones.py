@@ -129,10 +129,11 @@ def _efficientnet_lite(size: int) -> BackboneEntry:
 
 # Layers to begin with. Convolutional: the last of stride 8 and the last of stride 16, as layer2 and layer3 of the
 # published WideResNet50; Swin likewise. ViT and DeiT: two middle blocks, the second at the depth that FastFlow
-# (Yu et al., 2021) takes of DeiT. DINOv2: the last block, as AnomalyDINO (Damm et al., WACV 2025), and one before it.
+# (Yu et al., 2021) takes of DeiT. DINOv2: the last block, the depth of AnomalyDINO (Damm et al., WACV 2025), and one
+# before it.
 BACKBONES: dict[str, BackboneEntry] = {
     "alexnet": _torchvision("alexnet", "features.5", "features.8"),
-    "densenet121": _torchvision("densenet121", "features.denseblock2", "features.denseblock3"),
+    "densenet121": _timm("densenet121.ra_in1k", "features.denseblock2", "features.denseblock3"),
     "densenet201": _torchvision("densenet201", "features.denseblock2", "features.denseblock3"),
     "dinov2_base": _timm("vit_base_patch14_dinov2.lvd142m", "blocks.7", "blocks.11"),
     "dinov2_base_reg": _timm("vit_base_patch14_reg4_dinov2.lvd142m", "blocks.7", "blocks.11"),
@@ -194,22 +195,29 @@ def backbone_entry(name: str) -> BackboneEntry:
     if name.startswith("timm:"):
         model = name.removeprefix("timm:")
         if not timm.is_model(model):
-            known = timm.list_models()
-            raise ConfigurationError(f"unknown timm model {model!r}: {near_matches(model, known)[:300]}")
-        architecture, _, tag = model.partition(".")
-        if tag and not timm.is_model_pretrained(model):
+            near = near_matches(model, timm.list_models())
+            hint = near if near.startswith("did") else "timm.list_models() in Python shows the names"
+            raise ConfigurationError(f"unknown timm model {model!r}: {hint}")
+        architecture, dot, tag = model.partition(".")
+        if dot and not timm.is_model_pretrained(model):
             known = timm.list_pretrained(f"{architecture}.*")
             raise ConfigurationError(
-                f"timm model {architecture!r} has no weights {tag!r}: {near_matches(model, known)[:300]}"
+                f"timm model {architecture!r} has no weights {tag!r}: {near_matches(model, known)}"
             )
-        return _timm(model)
+        try:
+            return _timm(model)
+        except RuntimeError as error:  # timm knows the name as one that it has given up
+            raise ConfigurationError(
+                f"timm model {model!r} is an old name that timm no longer describes: use its present one, "
+                "timm.list_models() in Python shows the names"
+            ) from error
     if name in GONE:
         raise ConfigurationError(
             f"backbone {name!r} of the original PatchCore is in no maintained package any more, neither torchvision "
             f"nor timm: {GONE[name]}"
         )
     if name not in BACKBONES:
-        raise ConfigurationError(f"unknown backbone {name!r}: {near_matches(name, BACKBONES)[:300]}")
+        raise ConfigurationError(f"unknown backbone {name!r}: {near_matches(name, BACKBONES)}")
     return BACKBONES[name]
 
 
@@ -309,13 +317,14 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
         ConfigurationError: The file is missing, damaged, or holds anything but named tensors.
     """
     if not path.is_file():
-        raise ConfigurationError(f"weights {str(path)!r}: no such file, expected pretrained, random or a path")
+        found = "not a file" if path.exists() else "no such file"
+        raise ConfigurationError(f"weights {str(path)!r}: {found}, expected pretrained, random or the path of a file")
     try:
         if path.suffix.lower() == ".safetensors":
             return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except _UNREADABLE as error:
-        reason = " ".join(str(error).split())[:120]
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}" if path.stat().st_size else "empty"
         raise ConfigurationError(f"weights {str(path)!r} cannot be read as a state dict ({reason})") from error
     for key in ("state_dict", "model"):  # what training scripts commonly wrap the tensors in
         if isinstance(content, dict) and isinstance(content.get(key), dict):
@@ -371,6 +380,10 @@ def load_state(module: nn.Module, state: dict[str, torch.Tensor], where: str) ->
         if value.shape != own[key].shape:
             shapes = f"{tuple(value.shape)}, expected {tuple(own[key].shape)}"
             raise ConfigurationError(f"weights {where!r} do not fit: tensor {key} has shape {shapes}")
+        if value.is_floating_point() != own[key].is_floating_point():
+            raise ConfigurationError(
+                f"weights {where!r} do not fit: tensor {key} holds {value.dtype}, expected {own[key].dtype}"
+            )
     module.load_state_dict(fitting, strict=False)
 
 

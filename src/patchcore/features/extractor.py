@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import logging
 import re
 import threading
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,6 +19,8 @@ from patchcore.errors import ConfigurationError
 from patchcore.features.backbones import IMAGENET_MEAN, IMAGENET_STD, Backbone, backbone_entry, load_backbone
 from patchcore.features.tokens import MapLayout, block_aliases, map_layout, require_imagesize
 
+LOGGER = logging.getLogger(__name__)
+
 
 class FeatureExtractor(nn.Module):
     """Images to feature maps.
@@ -26,7 +29,8 @@ class FeatureExtractor(nn.Module):
     before. The chain is found by watching one forward pass; it is followed into the module that holds the last
     layer needed, and everything behind is dropped. Where a network is no chain up to its last layer, as in a ViT,
     which adds position embeddings between its modules, the remaining part runs as its own code does, but without
-    the modules that it first calls behind that layer. The result does not depend on the order of the layers.
+    the modules that it first calls behind that layer; if it does not run without them, it runs whole. The result
+    does not depend on the order of the layers.
 
     A map is the output of the layer itself: that of a transformer block is the residual stream, without the norm
     that ends the network. Tokens become a grid, row by row; class, distillation and register tokens are dropped.
@@ -125,10 +129,12 @@ class FeatureExtractor(nn.Module):
         inner_maps: dict[str, Any] = {}
         self._inner.maps = inner_maps
         outputs: dict[str, Any] = {}
-        for name, step in zip(self._step_names, self.steps, strict=True):
-            x = step(x)
-            outputs[name] = x
-        self._inner.maps = None
+        try:
+            for name, step in zip(self._step_names, self.steps, strict=True):
+                x = step(x)
+                outputs[name] = x
+        finally:  # a pass that runs out of memory must not keep its maps
+            self._inner.maps = None
         return outputs | inner_maps
 
 
@@ -141,9 +147,7 @@ def _resolve_layers(backbone: str, network: nn.Module, layers: Sequence[str]) ->
     known = block_aliases(network) | {name: name for name, _ in network.named_modules() if name}
     for layer in layers:
         if layer not in known:
-            raise ConfigurationError(
-                f"backbone {backbone!r} has no layer {layer!r}: {_near_layers(layer, known)[:300]}"
-            )
+            raise ConfigurationError(f"backbone {backbone!r} has no layer {layer!r}: {_near_layers(layer, known)}")
     return {layer: known[layer] for layer in layers}
 
 
@@ -242,7 +246,8 @@ def _without_later_modules(module: nn.Module, example: torch.Tensor, layers: Seq
     shortened = _with_skipped(module, "", {name for name, time in first_called.items() if time > end})
     try:
         shortened(example)
-    except _MISFITS:
+    except _MISFITS as error:
+        LOGGER.debug("the network runs whole, beyond its last layer: without the rest it does not run (%s)", error)
         return module
     return shortened
 

@@ -310,15 +310,16 @@ def build_nearest_neighbours(
         return FaissNN(True, faiss_num_workers or available_cpus(), gpu_index=device.index or 0)
     if faiss_num_workers is not None and faiss is not None and device.type == "cpu":
         return FaissNN(faiss_on_gpu, faiss_num_workers)
-    _warn_once(f"faiss was asked for and {_what_is_missing(faiss)}: searching with torch on {device}")
+    option = "--faiss_on_gpu" if faiss_on_gpu else "--faiss_num_workers"
+    _warn_once(f"{option}: {_what_is_missing(faiss)}, searching with torch on {device}")
     return TorchNN(device)
 
 
 def _what_is_missing(faiss: Any | None) -> str:
     if faiss is not None:
-        return "has no GPU here (a CPU build, or no device)"
+        return "faiss has no GPU here (a CPU build, or no device)"
     installed = require_one_faiss()
-    return f"{installed[0]} cannot be imported" if installed else "is not installed"
+    return f"{installed[0]} cannot be imported" if installed else "faiss is not installed"
 
 
 def check_num_neighbours(k: int, bank_size: int) -> None:

@@ -1,10 +1,10 @@
 """An ensemble of PatchCore models: a detector made of detectors, and the fusion of their scores.
 
 Members differ in backbone, layers or seed. Their distances have different scales, so that a plain mean would follow
-the member with the largest ones. Here each member is put on the scale of normal images: its image scores and its
-patch scores are standardised by their mean and standard deviation over out-of-fold training images. The score of
-an image then depends on no other image. The original scales by minimum and maximum over the test set instead,
-which `score_normalization="minmax"` gives.
+the member with the largest ones. Here each member is put on the scale of normal images: its scores are standardised
+by mean and standard deviation of its patch scores on out-of-fold training images, of which even two images have
+many. The score of an image then depends on no other image. The original scales by minimum and maximum over the test
+set instead, which `score_normalization="minmax"` gives.
 """
 
 from __future__ import annotations
@@ -17,7 +17,15 @@ import numpy as np
 import torch
 
 from patchcore.config_json import config_to_dict
-from patchcore.configs import BackboneConfig, EnsembleConfig, PreprocessingConfig, SearchConfig, TrainingSource
+from patchcore.configs import (
+    BackboneConfig,
+    EnsembleConfig,
+    PatchCoreConfig,
+    PreprocessingConfig,
+    SamplerConfig,
+    SearchConfig,
+    TrainingSource,
+)
 from patchcore.detector import (
     AnomalyDetector,
     DetectorBuilder,
@@ -29,7 +37,7 @@ from patchcore.detector import (
     require_tensor,
 )
 from patchcore.errors import ConfigurationError, DataError
-from patchcore.features.extractor import build_extractor
+from patchcore.features.extractor import FeatureExtractor, build_extractor
 from patchcore.methods.patchcore import (
     IMAGES_PER_SEARCH,
     PatchCore,
@@ -46,32 +54,23 @@ SCALES = "member_scales"
 
 @dataclass(frozen=True)
 class MemberScale:
-    """Mean and standard deviation of one member's scores on normal images that it has not seen."""
+    """Mean and standard deviation of one member's patch scores on normal images that it has not seen."""
 
-    image_mean: float
-    image_std: float
-    patch_mean: float
-    patch_std: float
+    mean: float
+    std: float
 
     @classmethod
-    def of(cls, scores: PatchScores) -> MemberScale:
-        """Measure the scale of out-of-fold scores."""
-        return cls(*_mean_and_spread(scores.images), *_mean_and_spread(scores.patches))
+    def of(cls, patch_scores: torch.Tensor) -> MemberScale:
+        """Measure the scale of out-of-fold patch scores [N, h, w]."""
+        exact = patch_scores.double()
+        mean, std = float(exact.mean()), float(exact.std())
+        if std <= NEGLIGIBLE_SPREAD * abs(mean):  # all patches score alike: the mean itself is the unit
+            std = abs(mean) or 1.0
+        return cls(mean, std)
 
     def standardised(self, scores: PatchScores) -> PatchScores:
-        """Return scores in standard deviations above the mean of normal images."""
-        images = (scores.images - self.image_mean) / self.image_std
-        patches = (scores.patches - self.patch_mean) / self.patch_std
-        return PatchScores(images, patches)
-
-
-def _mean_and_spread(values: torch.Tensor) -> tuple[float, float]:
-    """Return mean and standard deviation (n - 1), which is the mean itself where all values are alike."""
-    exact = values.double()
-    mean, std = float(exact.mean()), float(exact.std())
-    if std <= NEGLIGIBLE_SPREAD * abs(mean):
-        std = abs(mean) or 1.0
-    return mean, std
+        """Return scores in standard deviations above the mean of normal patches."""
+        return PatchScores((scores.images - self.mean) / self.std, (scores.patches - self.mean) / self.std)
 
 
 @register_detector
@@ -80,7 +79,7 @@ class Ensemble(AnomalyDetector):
 
     Args:
         config: The members and how their scores come to one scale.
-        embedders: One for each member; members of one backbone share its extractor.
+        embedders: One for each member; members of one backbone share its extractor, and equal ones the embedder.
         preprocessing: Resize and crop that the images have had.
         source: What the model is trained on.
         search: How neighbours are searched.
@@ -124,10 +123,7 @@ class Ensemble(AnomalyDetector):
         """
         for member in config.members:
             require_search_and_sampler(member)
-        extractors = {}
-        for backbone in _shared_backbones(config):
-            extractors[_without_layers(backbone)] = build_extractor(backbone, preprocessing.imagesize_px)
-        embedders = [PatchEmbedder(extractors[_without_layers(m.backbone)], m) for m in config.members]
+        embedders = _build_embedders(config, preprocessing.imagesize_px)
         return lambda source, device: cls(config, [e.to(device) for e in embedders], preprocessing, source, search)
 
     @property
@@ -137,8 +133,8 @@ class Ensemble(AnomalyDetector):
     def fit(self, loader: ImageBatches) -> Ensemble:
         """Fit every member, and learn its scale from out-of-fold scores of the training images.
 
-        The members of one backbone are fitted together, from one pass over the images; those of the next follow,
-        so that the embeddings of one backbone are held at a time.
+        The members of one backbone are fitted together, from one pass over the images; those of the next follow.
+        So the embeddings of one backbone are held at a time, once for all members that embed alike.
 
         Args:
             loader: Batches of normal images.
@@ -152,25 +148,26 @@ class Ensemble(AnomalyDetector):
                 "give more images, or --score_normalization minmax"
             )
         out_of_fold: dict[int, PatchScores] = {}
-        for numbers in self._groups():
-            names = f"{self.source.category}: features of {self.config.members[numbers[0]].backbone.name}"
-            buffers = embed_images(loader, [self.members[i].embedder for i in numbers], names)
-            for i in numbers:
-                member = self.members[i].fit_embeddings(buffers.pop(0))
+        for group in self._groups():
+            names = f"{self.source.category}: features of {self.config.members[group[0]].backbone.name}"
+            embedders = list(dict.fromkeys(self.members[i].embedder for i in group))
+            buffers = dict(zip(embedders, embed_images(loader, embedders, names), strict=True))
+            for i in group:
+                member = self.members[i].fit_embeddings(buffers[self.members[i].embedder])
                 if self.can_calibrate:
-                    scores = member.out_of_fold_scores()
+                    scores = member.out_of_fold_scores("use --score_normalization minmax")
                     assert scores is not None  # two images give two folds
                     out_of_fold[i] = scores
                 member.release_training_data()
         self._out_of_fold = [out_of_fold[i] for i in sorted(out_of_fold)]
-        self.scales_ = [MemberScale.of(scores) for scores in self._out_of_fold]
+        self.scales_ = [MemberScale.of(scores.patches) for scores in self._out_of_fold]
         return self
 
     def _groups(self) -> list[list[int]]:
         """Return the numbers of the members that share an extractor, for each extractor."""
-        groups: dict[int, list[int]] = {}
+        groups: dict[FeatureExtractor, list[int]] = {}
         for number, member in enumerate(self.members):
-            groups.setdefault(id(member.embedder.extractor), []).append(number)
+            groups.setdefault(member.embedder.extractor, []).append(number)
         return list(groups.values())
 
     def out_of_fold_calibration(self) -> Calibration | None:
@@ -208,15 +205,25 @@ class Ensemble(AnomalyDetector):
         """
         self._require_fitted()
         require_images(images, self.preprocessing)
-        scores: dict[int, PatchScores] = {}
-        for numbers in self._groups():
-            feature_maps = self.members[numbers[0]].embedder.extractor(images)
-            scores |= {i: self.members[i].score_features(feature_maps) for i in numbers}
-        ordered = [scores[i] for i in range(len(self.members))]
+        scores = self._member_scores(images)
         if self.can_calibrate:
-            return self._fused(ordered)
-        raw = tuple(Prediction(s.images.numpy(), self._maps(s.patches)) for s in ordered)
+            return self._fused(scores)
+        raw = tuple(Prediction(s.images.numpy(), self._maps(s.patches)) for s in scores)
         return self.join([Prediction(raw[0].scores, raw[0].maps, raw)])
+
+    def _member_scores(self, images: torch.Tensor) -> list[PatchScores]:
+        """Return what each member gives for a batch; nothing that members share is computed twice."""
+        feature_maps: dict[FeatureExtractor, dict[str, torch.Tensor]] = {}
+        embeddings: dict[PatchEmbedder, torch.Tensor] = {}
+        scores = []
+        for member in self.members:
+            embedder, extractor = member.embedder, member.embedder.extractor
+            if embedder not in embeddings:
+                if extractor not in feature_maps:
+                    feature_maps[extractor] = extractor(images)
+                embeddings[embedder] = embedder(feature_maps[extractor])
+            scores.append(member.score_embeddings(embeddings[embedder]))
+        return scores
 
     def _fused(self, scores: Sequence[PatchScores]) -> Prediction:
         """Return the mean over members of standardised scores [B] and of the maps [B, S, S] of standardised patches."""
@@ -246,7 +253,7 @@ class Ensemble(AnomalyDetector):
         return config_to_dict(self.config)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Return what was learned: the members' tensors as `Ensemble-i-n/<name>`, i from 1, and their scales [n, 4]."""
+        """Return what was learned: the members' tensors as `Ensemble-i-n/<name>`, i from 1, and their scales [n, 2]."""
         scales = self._require_fitted()
         tensors = {
             f"{self._prefix(number)}/{name}": tensor
@@ -254,8 +261,7 @@ class Ensemble(AnomalyDetector):
             for name, tensor in member.tensors().items()
         }
         if self.can_calibrate:
-            rows = [(s.image_mean, s.image_std, s.patch_mean, s.patch_std) for s in scales]
-            tensors[SCALES] = torch.tensor(rows, dtype=torch.float64)
+            tensors[SCALES] = torch.tensor([(s.mean, s.std) for s in scales], dtype=torch.float64)
         return tensors
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -264,19 +270,23 @@ class Ensemble(AnomalyDetector):
         Raises:
             ConfigurationError: They do not fit the configuration.
         """
-        for number, member in enumerate(self.members):
-            prefix = f"{self._prefix(number)}/"
+        prefixes = tuple(f"{self._prefix(number)}/" for number in range(len(self.members)))
+        unclaimed = [n for n in tensors if not n.startswith(prefixes) and not (n == SCALES and self.can_calibrate)]
+        if unclaimed:
+            raise ConfigurationError(f"found {unclaimed[0]!r}, which no member of this ensemble has: train it anew")
+        for member, prefix in zip(self.members, prefixes, strict=True):
             own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
             try:
                 member.restore(own)
             except ConfigurationError as error:
-                raise ConfigurationError(f"member {self._prefix(number)}: {error}") from error
+                raise ConfigurationError(f"member {prefix[:-1]}: {error}") from error
         self.scales_ = self._stored_scales(tensors) if self.can_calibrate else []
 
     def _stored_scales(self, tensors: Mapping[str, torch.Tensor]) -> list[MemberScale]:
         scales = require_tensor(tensors, SCALES, ndim=2)
-        expected = (len(self.members), 4)
-        if tuple(scales.shape) != expected or not bool(scales.isfinite().all()) or bool((scales[:, 1::2] <= 0).any()):
+        expected = (len(self.members), 2)
+        fits = tuple(scales.shape) == expected and scales.dtype == torch.float64
+        if not fits or not bool(scales.isfinite().all()) or bool((scales[:, 1] <= 0).any()):
             raise ConfigurationError(
                 f"model tensor {SCALES!r} of shape {tuple(scales.shape)} does not hold finite means and positive "
                 f"standard deviations of shape {expected}: train the model anew"
@@ -287,7 +297,23 @@ class Ensemble(AnomalyDetector):
         return f"Ensemble-{number + 1}-{len(self.members)}"
 
 
-def _without_layers(backbone: BackboneConfig) -> tuple[str, str, str, int]:
+def _build_embedders(config: EnsembleConfig, imagesize: int) -> list[PatchEmbedder]:
+    """Return the embedder of each member; backbones are loaded once, and members that embed alike share one."""
+    extractors = {_network(b): build_extractor(b, imagesize) for b in _shared_backbones(config)}
+    embedders: dict[PatchCoreConfig, PatchEmbedder] = {}
+    chosen = []
+    for member in config.members:
+        # What a member does with its embeddings plays no part.
+        embedding = replace(
+            member, sampler=SamplerConfig(), num_nn=1, patchscore="max", score_reweighting=None, seed=None
+        )
+        if embedding not in embedders:
+            embedders[embedding] = PatchEmbedder(extractors[_network(member.backbone)], member)
+        chosen.append(embedders[embedding])
+    return chosen
+
+
+def _network(backbone: BackboneConfig) -> tuple[str, str, str, int]:
     """Return what two backbones must have in common to share one network."""
     return backbone.name, backbone.weights, backbone.normalization, backbone.seed
 
@@ -296,9 +322,9 @@ def _shared_backbones(config: EnsembleConfig) -> list[BackboneConfig]:
     """Return each backbone once, with the layers that any member reads."""
     shared: dict[tuple[str, str, str, int], BackboneConfig] = {}
     for backbone in (member.backbone for member in config.members):
-        known = shared.setdefault(_without_layers(backbone), backbone)
+        known = shared.setdefault(_network(backbone), backbone)
         layers = tuple(dict.fromkeys([*known.layers, *backbone.layers]))
-        shared[_without_layers(backbone)] = replace(known, layers=layers)
+        shared[_network(backbone)] = replace(known, layers=layers)
     return list(shared.values())
 
 

@@ -217,7 +217,7 @@ class PatchCore(AnomalyDetector):
 
     def _set_bank(self, bank: torch.Tensor) -> None:
         self.memory_bank_ = bank
-        self._scorer = self._fitted_scorer(bank, "memory bank", "use fewer neighbours")
+        self._scorer = self._fitted_scorer(bank, "memory bank", "lower it")
 
     def _fitted_scorer(self, bank: torch.Tensor, what: str, remedy: str) -> NearestNeighbourScorer:
         needs = [
@@ -239,21 +239,25 @@ class PatchCore(AnomalyDetector):
         Raises:
             NotFittedError: Training data are there only between `fit` and `release_training_data`.
         """
-        scores = self.out_of_fold_scores()
+        scores = self.out_of_fold_scores("use --calibration none")
         if scores is None:
             return None
         maps = (self._maps(patches) for patches in scores.patches.split(IMAGES_PER_SEARCH))
         num_folds = len(fold_bounds(len(scores.images)))
         return calibrate("kfold", num_folds, scores.images.numpy(), MapStatistics.of(maps))
 
-    def out_of_fold_scores(self) -> PatchScores | None:
+    def out_of_fold_scores(self, remedy: str) -> PatchScores | None:
         """Score the training images, each by a bank that has none of its patches; None for a single image.
 
         The folds reuse the embeddings and their projection; each selects a coreset of its own with the same
         share. They are the same for all members of an ensemble.
 
+        Args:
+            remedy: What a user can do without these scores, for the message.
+
         Raises:
             NotFittedError: Training data are there only between `fit` and `release_training_data`.
+            DataError: The bank of a fold has fewer patches than neighbours are asked for.
         """
         if self._training is None:
             raise NotFittedError("out-of-fold scores need the training data: ask for them right after fit()")
@@ -267,7 +271,7 @@ class PatchCore(AnomalyDetector):
         for number, (start, end) in enumerate(progress(folds, f"{self.source.category}: calibration")):
             rest = torch.cat([order[:start], order[end:]]).sort().values
             bank = self._fold_bank(rest, number)
-            scorer = self._fitted_scorer(bank, "memory bank of a calibration fold", "use --calibration none")
+            scorer = self._fitted_scorer(bank, "memory bank of a calibration fold", remedy)
             for chunk in order[start:end].split(IMAGES_PER_SEARCH):
                 part = self._score(embeddings[chunk], scorer)
                 scores.images[chunk], scores.patches[chunk] = part.images, part.patches
@@ -299,12 +303,12 @@ class PatchCore(AnomalyDetector):
         """
         self._require_fitted()
         require_images(images, self.preprocessing)
-        scores = self.score_features(self.embedder.extractor(images))
+        scores = self.score_embeddings(self.embedder(self.embedder.extractor(images)))
         return Prediction(scores.images.numpy(), self._maps(scores.patches))
 
-    def score_features(self, feature_maps: Mapping[str, torch.Tensor]) -> PatchScores:
-        """Score a batch from what the extractor gave for it."""
-        return self._score(self.embedder(feature_maps), self._require_fitted())
+    def score_embeddings(self, embeddings: torch.Tensor) -> PatchScores:
+        """Score a batch from its patch embeddings [B, P, D]."""
+        return self._score(embeddings, self._require_fitted())
 
     def _require_fitted(self) -> NearestNeighbourScorer:
         if self._scorer is None:

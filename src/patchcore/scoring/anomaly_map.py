@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import functools
-import math
 
 import torch
 import torch.nn.functional as F
 
 SMOOTHING_SIGMA_PX = 4.0  # as published, section 3.3
-TOP_SHARE = 0.01  # of the patches: 8 of 784, about the area of a small defect
+TOP_PATCHES_PER = 100  # one in so many patches: 8 of 784, about the area of a small defect
 
 
 def image_scores(patch_scores: torch.Tensor, patchscore: str = "max") -> torch.Tensor:
@@ -30,7 +29,7 @@ def image_scores(patch_scores: torch.Tensor, patchscore: str = "max") -> torch.T
     if patchscore == "mean":
         return flat.mean(dim=1)
     if patchscore == "topk":
-        return flat.topk(math.ceil(TOP_SHARE * flat.shape[1]), dim=1).values.mean(dim=1)
+        return flat.topk(-(-flat.shape[1] // TOP_PATCHES_PER), dim=1).values.mean(dim=1)
     return flat.amax(dim=1)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
 from patchcore.config_json import config_from_dict, config_to_dict
@@ -64,7 +64,7 @@ def write_model_folder(folder: Path, header: ModelHeader, tensors: Mapping[str, 
 
     def fill(temporary: Path) -> None:
         for member, content in files.items():
-            write_bytes(temporary / _tensor_file(member), save(content))
+            write_bytes(temporary / _tensor_file(member), save(content, {"member": member}))
         write_json(temporary / MODEL_FILE, config_to_dict(header))
 
     write_folder(folder, fill)
@@ -108,9 +108,15 @@ def read_model_tensors(folder: Path) -> dict[str, torch.Tensor]:
     for path in sorted(folder.glob(f"*{TENSOR_FILE}")):
         member = path.name.removesuffix(TENSOR_FILE).removesuffix("_")
         try:
+            with safe_open(path, "pt") as file:
+                written_for = (file.metadata() or {}).get("member", member)
             content = load_file(path)
         except (OSError, ValueError, SafetensorError) as error:
             raise ConfigurationError(f"{str(path)!r} is damaged ({_one_line(error)}): train the model anew") from error
+        if written_for != member:
+            raise ConfigurationError(
+                f"{str(path)!r} was written as {_tensor_file(written_for)!r}: the files were swapped or renamed"
+            )
         tensors |= {f"{member}/{name}" if member else name: tensor for name, tensor in content.items()}
     if not tensors:
         raise ConfigurationError(f"{str(folder)!r} is no whole model folder: {TENSOR_FILE} is missing")

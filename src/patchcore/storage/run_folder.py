@@ -258,24 +258,40 @@ def mean_metrics(results: Sequence[ClassResult]) -> dict[str, float | None]:
     return means
 
 
-def write_seed_table(path: Path, runs: Sequence[Sequence[ClassResult]]) -> None:
-    """Write mean and standard deviation (n - 1) over the runs of several seeds.
+@dataclass(frozen=True)
+class SeedStatistics:
+    """One row over the runs of several seeds.
 
-    Args:
-        path: Where the table goes.
-        runs: The finished classes of each seed; the row of means is over those that finished in every run.
+    Attributes:
+        row_name: The class, or MEAN_ROW.
+        num_seeds: Runs in which it finished; for the mean, runs with a class that finished in all of them.
+        columns: Mean and standard deviation (n - 1) of each of METRIC_COLUMNS; None is a blank cell.
     """
-    header = [ROW_NAMES, "num_seeds", *(f"{c}_{s}" for c in METRIC_COLUMNS for s in ("mean", "std"))]
+
+    row_name: str
+    num_seeds: int
+    columns: dict[str, tuple[float | None, float | None]]
+
+
+def seed_statistics(runs: Sequence[Sequence[ClassResult]]) -> list[SeedStatistics]:
+    """Average the finished classes of each seed; the mean, last, is over those that finished in every run."""
     names = list(dict.fromkeys(r.row_name for run in runs for r in run))
     common = {name for name in names if all(name in [r.row_name for r in run] for run in runs)}
-    rows = []
-    for name in [*names, MEAN_ROW]:
-        if name == MEAN_ROW:
-            metrics = [mean_metrics([r for r in run if r.row_name in common]) for run in runs if common]
-        else:
-            metrics = [r.metrics for run in runs for r in run if r.row_name == name]
-        cells = [format_number(v) for column in METRIC_COLUMNS for v in _mean_and_std([m[column] for m in metrics])]
-        rows.append([name, str(len(metrics)), *cells])
+    metrics = {name: [r.metrics for run in runs for r in run if r.row_name == name] for name in names}
+    metrics[MEAN_ROW] = [mean_metrics([r for r in run if r.row_name in common]) for run in runs if common]
+    return [
+        SeedStatistics(name, len(rows), {c: _mean_and_std([row[c] for row in rows]) for c in METRIC_COLUMNS})
+        for name, rows in metrics.items()
+    ]
+
+
+def write_seed_table(path: Path, statistics: Sequence[SeedStatistics]) -> None:
+    """Write mean and standard deviation over seeds as `<column>_mean` and `<column>_std`."""
+    header = [ROW_NAMES, "num_seeds", *(f"{c}_{s}" for c in METRIC_COLUMNS for s in ("mean", "std"))]
+    rows = [
+        [s.row_name, str(s.num_seeds), *(format_number(v) for c in METRIC_COLUMNS for v in s.columns[c])]
+        for s in statistics
+    ]
     write_csv(path, header, rows)
 
 
