@@ -5,8 +5,10 @@
 #   VARIANTS="IM224_WR50 IM320_WR50" ./sample_training_mpdd.sh /path/to/MPDD --device cpu --batch_size 8
 #   export MPDD_PATH=/path/to/MPDD; CLASSES=metal_plate RESULTS=/tmp/results ./sample_training_mpdd.sh --offline
 #
-# What follows the path reaches every command and wins over the recipe, as in --seed or --imagesize.
+# What follows the path reaches every command and wins over the recipe, as in --gpu or --imagesize. With --seed 5 the
+# names of the runs end in _S5; the evaluation finds them with the same --seed.
 # shellcheck disable=SC2329  # run_variants calls the variants by name
+if [ -z "${BASH_VERSION:-}" ]; then echo "error: run this with bash" >&2; exit 2; fi
 set -euo pipefail
 root=$(CDPATH='' cd -- "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=bash/arguments.sh
@@ -15,6 +17,7 @@ source "$root/bash/arguments.sh"
 read_arguments MPDD_PATH https://github.com/stepanje/MPDD "$@"
 choose_variants IM224_WR50 IM224_Ensemble IM320_WR50 IM320_Segmentation
 choose_classes metal_plate bracket_white bracket_brown bracket_black
+refuse_flags "set by this script: name other places with RESULTS or --log_project" --log_group
 
 single=(-b wideresnet50 -le layer2 -le layer3)
 ensemble=(

@@ -7,6 +7,8 @@ RESULTS=${RESULTS:-results}
 EVALUATED=${EVALUATED:-evaluated_results}
 LOG_PROJECT=${LOG_PROJECT:-project}
 PYTHON=${PYTHON:-python}
+case $RESULTS in -*) RESULTS=./$RESULTS ;; esac # else the commands take the folder for an option
+case $EVALUATED in -*) EVALUATED=./$EVALUATED ;; esac
 readonly NOT_TRAINED=3 # the Python commands leave with 0, 1, 2 or 130
 failed=()
 skipped=()
@@ -19,14 +21,14 @@ complain() {
 usage() {
     cat <<USAGE
 usage: $0 [DATA_PATH] [--offline] [options for every Python command ...]
-    DATA_PATH     the folder that holds the classes; taken from $1 if left out
+    DATA_PATH     the folder that holds the classes, before other options; taken from $1 if left out
     --offline     backbones whose weights come as Python packages
     Environment: CLASSES and VARIANTS pick some by name, RESULTS and EVALUATED are the folders to write to, PYTHON
     is the interpreter; the head of the script has examples
 USAGE
 }
 
-# read_arguments PATH_VARIABLE DOWNLOAD_PAGE "$@" sets datapath, offline (yes or no) and flags.
+# read_arguments PATH_VARIABLE DOWNLOAD_PAGE "$@" sets datapath, offline (yes or no), flags and typed_seed.
 read_arguments() {
     local variable=$1 download=$2 argument path_may_follow=yes
     shift 2
@@ -50,22 +52,57 @@ read_arguments() {
             ;;
         esac
     done
+    case $datapath in -*) datapath=./$datapath ;; esac # from the variable
+    find_seed ${flags[@]+"${flags[@]}"}
     require_data "$variable" "$download"
-    if ! command -v "$PYTHON" >/dev/null; then
-        complain "no command $PYTHON: activate the environment, or name the interpreter as PYTHON=/path/to/python"
-        exit 2
-    fi
+    require_python
+}
+
+# find_seed FLAGS ... sets typed_seed: the first --seed that is a number, or nothing; Python refuses all others.
+find_seed() {
+    local flag
+    typed_seed=
+    while [ "$#" -gt 0 ] && [ -z "$typed_seed" ]; do
+        flag=$1
+        shift
+        case $flag in
+        --seed) typed_seed=$(whole_number "${1:-}") ;;
+        --seed=*) typed_seed=$(whole_number "${flag#--seed=}") ;;
+        esac
+    done
+}
+
+# whole_number TEXT prints a number of any length without leading zeros, and nothing for other text.
+whole_number() {
+    local digits
+    case $1 in '' | *[!0-9]*) return ;; esac
+    digits=${1#"${1%%[!0]*}"}
+    printf '%s\n' "${digits:-0}"
 }
 
 # require_data PATH_VARIABLE DOWNLOAD_PAGE ends the script unless datapath is a folder.
 require_data() {
     if [ -z "$datapath" ]; then
-        complain "no data path: give it as the first argument or as $1; the data set is to be had at $2"
+        complain "no data path: give it as the first argument, before other options, or as $1;" \
+            "the data set is to be had at $2"
         usage "$1" >&2
         exit 2
     fi
     if [ ! -d "$datapath" ]; then
         complain "data path '$datapath' is no folder, expected the one that holds the classes; the data set is at $2"
+        exit 2
+    fi
+}
+
+# require_python ends the script unless PYTHON is an interpreter that has the package.
+require_python() {
+    if ! command -v "$PYTHON" >/dev/null; then
+        complain "no command $PYTHON: activate the environment, or name the interpreter as PYTHON=/path/to/python"
+        exit 2
+    fi
+    if ! "$PYTHON" -c 'import patchcore' >/dev/null 2>&1; then
+        complain "$PYTHON cannot import patchcore: activate the environment, run 'pip install -e .' in the" \
+            "repository, or name the interpreter as PYTHON=/path/to/python"
         exit 2
     fi
 }
@@ -90,6 +127,20 @@ set_names() {
     fi
 }
 
+# refuse_repeated VARIABLE NAME ... ends the script if a name is there twice.
+refuse_repeated() {
+    local variable=$1 name
+    shift
+    while [ "$#" -gt 1 ]; do
+        name=$1
+        shift
+        if is_one_of "$name" "$@"; then
+            complain "$variable has '$name' more than once, expected each name once: leave one out"
+            exit 2
+        fi
+    done
+}
+
 # choose_variants KNOWN ... sets variants: those in VARIANTS, or all.
 choose_variants() {
     local variant
@@ -101,27 +152,33 @@ choose_variants() {
             exit 2
         fi
     done
+    refuse_repeated VARIANTS "${variants[@]}"
 }
 
 # choose_classes KNOWN ... sets classes: those in CLASSES, or all; and class_flags, a -d for each.
 choose_classes() {
     set_names "${CLASSES:-}" "$@"
     classes=("${names[@]}")
+    refuse_repeated CLASSES "${classes[@]}"
     set_class_flags "${classes[@]}"
 }
 
-# choose_numbers VARIABLE DEFAULT ... sets numbers: those in the variable, or the defaults.
+# choose_numbers VARIABLE LEAST DEFAULT ... sets numbers: those in the variable, or the defaults; LEAST is 0 or 1.
 choose_numbers() {
-    local variable=$1 number
-    set_names "${!variable:-}" "${@:2}"
-    numbers=("${names[@]}")
-    for number in "${numbers[@]}"; do
-        case $number in *[!0-9]*)
-            complain "$variable has '$number', expected whole numbers separated by blanks, such as $variable=\"${*:2}\""
+    local variable=$1 least=$2 name number
+    shift 2
+    set_names "${!variable:-}" "$@"
+    numbers=()
+    for name in "${names[@]}"; do
+        number=$(whole_number "$name")
+        if [ -z "$number" ] || [ "$least$number" = 10 ]; then
+            complain "$variable has '$name', expected whole numbers from $least up separated by blanks," \
+                "such as $variable=\"$*\""
             exit 2
-            ;;
-        esac
+        fi
+        numbers+=("$number")
     done
+    refuse_repeated "$variable" "${numbers[@]}"
 }
 
 # refuse_flags REASON OPTION ... ends the script if one of the options is among the flags.
@@ -141,13 +198,14 @@ set_class_flags() {
     for class in "$@"; do class_flags+=(-d "$class"); done
 }
 
-# group_name GROUP prints the log group of a recipe, which has another name with --offline.
+# group_name GROUP prints the log group of a recipe, which has another name with --offline or another seed.
 group_name() {
     local name=$1
     if [ "$offline" = yes ]; then
         name=${name/WR50_L2-3/LITE0_B2-4}
         name=${name/Ensemble_L2-3/LiteEnsemble_B2-4}
     fi
+    if [ -n "$typed_seed" ]; then name=${name%_S*}_S$typed_seed; fi
     printf '%s\n' "$name"
 }
 
@@ -199,9 +257,10 @@ list_models() {
 
 # attempt NAME COMMAND ... runs a command; what fails is noted for `finish`, an interrupt ends the script.
 attempt() {
-    local name=$1 code=0
+    local name=$1 code=0 note=
     shift
-    printf '== %s\n' "$name"
+    if [ "$offline" = yes ]; then note=' (offline backbones)'; fi
+    printf '== %s%s\n' "$name" "$note"
     "$@" || code=$?
     case $code in
     0) num_done=$((num_done + 1)) ;;
@@ -222,13 +281,18 @@ run_variants() {
 
 # finish ends the script: 1 if something failed, or if what was asked for by name or everything was skipped.
 finish() {
+    local code=0
+    if [ "${#skipped[@]}" -gt 0 ]; then
+        if [ -n "${VARIANTS:-}" ] || [ "$num_done" -eq 0 ]; then
+            complain "without models: ${skipped[*]}"
+            code=1
+        else
+            printf 'skipped, never trained: %s\n' "${skipped[*]}"
+        fi
+    fi
     if [ "${#failed[@]}" -gt 0 ]; then
         complain "failed: ${failed[*]}"
-        exit 1
+        code=1
     fi
-    if [ "${#skipped[@]}" -gt 0 ] && { [ -n "${VARIANTS:-}" ] || [ "$num_done" -eq 0 ]; }; then
-        complain "without models: ${skipped[*]}"
-        exit 1
-    fi
-    exit 0
+    exit "$code"
 }

@@ -6,8 +6,9 @@
 #   export MVTEC_PATH=/path/to/mvtec; RESULTS=/tmp/results bash/sample_evaluation_mvtec.sh --offline
 #
 # A variant that was never trained is skipped, unless VARIANTS names it. LOG_PROJECT names the --log_project of the
-# runs where that was given to the training.
+# runs where that was given to the training. With --seed 5 the runs whose names end in _S5 are evaluated.
 # shellcheck disable=SC2329  # run_variants calls the variants by name
+if [ -z "${BASH_VERSION:-}" ]; then echo "error: run this with bash" >&2; exit 2; fi
 set -euo pipefail
 root=$(CDPATH='' cd -- "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=bash/arguments.sh

@@ -5,7 +5,9 @@
 #   SHOTS="1 4 16" SEEDS="0 1 2 3 4" bash/sample_fewshot.sh /path/to/MPDD --device cpu --batch_size 8
 #   export MPDD_PATH=/path/to/MPDD; CLASSES=metal_plate RESULTS=/tmp/results bash/sample_fewshot.sh --offline
 #
-# Any folder in the layout of MPDD will do, with CLASSES. What follows the path reaches every training.
+# Any folder in the layout of MPDD will do, with CLASSES. What follows the path reaches every training and wins over
+# the recipe.
+if [ -z "${BASH_VERSION:-}" ]; then echo "error: run this with bash" >&2; exit 2; fi
 set -euo pipefail
 root=$(CDPATH='' cd -- "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=bash/arguments.sh
@@ -13,9 +15,9 @@ source "$root/bash/arguments.sh"
 
 read_arguments MPDD_PATH https://github.com/stepanje/MPDD "$@"
 choose_classes metal_plate bracket_white bracket_brown bracket_black
-choose_numbers SHOTS 1 2 4 8 16 50
+choose_numbers SHOTS 1 1 2 4 8 16 50
 shots=("${numbers[@]}")
-choose_numbers SEEDS 0 1 2
+choose_numbers SEEDS 0 0 1 2
 seeds=("${numbers[@]}")
 refuse_flags "set by this script: use SHOTS, SEEDS and RESULTS" --limit_train --seed --log_group --log_project
 
@@ -48,6 +50,7 @@ for num_images in "${shots[@]}"; do
     attempt "$num_images training image(s)" train "$num_images" ${flags[@]+"${flags[@]}"}
 done
 if [ "${#finished_runs[@]}" -gt 0 ]; then
-    attempt "curve" "$PYTHON" "$root/bin/fewshot_curve.py" "${finished_runs[@]}" --out "$RESULTS/fewshot/${recipe}_curve"
+    attempt "curve" "$PYTHON" "$root/bin/fewshot_curve.py" "${finished_runs[@]}" \
+        --out "$RESULTS/fewshot/${recipe}_curve"
 fi
 finish

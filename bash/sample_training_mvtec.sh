@@ -6,8 +6,10 @@
 #   VARIANTS="IM224_WR50 IM320_WR50" bash/sample_training_mvtec.sh /path/to/mvtec --device cpu --batch_size 8
 #   export MVTEC_PATH=/path/to/mvtec; CLASSES=bottle RESULTS=/tmp/results bash/sample_training_mvtec.sh --offline
 #
-# What follows the path reaches every command and wins over the recipe, as in --seed or --imagesize.
+# What follows the path reaches every command and wins over the recipe, as in --gpu or --imagesize. With --seed 5 the
+# names of the runs end in _S5; the evaluation finds them with the same --seed.
 # shellcheck disable=SC2329  # run_variants calls the variants by name
+if [ -z "${BASH_VERSION:-}" ]; then echo "error: run this with bash" >&2; exit 2; fi
 set -euo pipefail
 root=$(CDPATH='' cd -- "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=bash/arguments.sh
@@ -17,6 +19,7 @@ read_arguments MVTEC_PATH https://www.mvtec.com/company/research/datasets/mvtec-
 choose_variants IM224_WR50 IM224_Ensemble IM320_WR50 IM320_Ensemble IM320_Segmentation IM320_SegmentationEnsemble
 choose_classes bottle cable capsule carpet grid hazelnut leather metal_nut pill screw tile toothbrush transistor \
     wood zipper
+refuse_flags "set by this script: name other places with RESULTS or --log_project" --log_group
 
 single=(-b wideresnet50 -le layer2 -le layer3)
 ensemble=(

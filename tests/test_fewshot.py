@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from conftest import small_run
 from in_process import Finished, invoke, read_rows
 from PIL import Image
 
+from patchcore import comparison
 from patchcore.cli import fewshot_curve, run_patchcore
 from patchcore.evaluation.fewshot import (
     FEWSHOT_METRICS,
@@ -21,8 +23,9 @@ from patchcore.evaluation.fewshot import (
     fewshot_points,
     markdown_tables,
     mean_and_std_text,
+    seeds_text,
 )
-from patchcore.evaluation.plots import LINE_COLOURS, LINE_MARKERS, fewshot_picture
+from patchcore.evaluation.plots import LINE_COLOURS, LINE_MARKERS, _bars_text, fewshot_picture
 from patchcore.storage.run_folder import (
     METRIC_COLUMNS,
     TIMING_COLUMNS,
@@ -90,6 +93,22 @@ def test_a_limit_that_adds_no_image_adds_no_point_and_counts_a_seed_once() -> No
         "| Mean | 0.650 (45 images) | 0.650 ± 0.071 (50 images) |",
     ]
     assert "over 1 to 2 seeds" in table[0]
+
+
+def test_there_is_a_markdown_table_for_each_metric() -> None:
+    table = markdown_tables(fewshot_points([observed("a", 4, 4, 0, 0.5, 0.25, 0.75)], "Mean")).splitlines()
+    titles = [line.partition(" by number")[0] for line in table if line.startswith("##")]
+    assert titles == ["## image AUROC", "## pixel AUROC", "## PRO"]
+    assert [line for line in table if line.startswith("| a ")] == ["| a | 0.500 |", "| a | 0.250 |", "| a | 0.750 |"]
+
+
+def test_the_picture_says_what_its_bars_are() -> None:
+    three = [observed("a", 1, 1, seed, 0.5) for seed in range(3)]
+    cases = [(three, "3 seeds"), ([*three, observed("a", 2, 2, 0, 0.5)], "1 to 3 seeds")]
+    for observations, seeds in cases:
+        points = fewshot_points(observations, "Mean")
+        assert seeds_text(points) == seeds and _bars_text(points) == f"bars: standard deviation over {seeds}"
+    assert _bars_text(fewshot_points(three[:1], "Mean")) == "one seed: no bars"
 
 
 def points_of(num_classes: int, limits: Sequence[int], *values: float | None) -> list[FewShotPoint]:
@@ -194,6 +213,47 @@ def test_classes_that_are_not_finished_are_named_and_left_out(tmp_path: Path, wr
     assert points == {("mpdd_plate", "2"), ("mpdd_plate", "4"), ("mpdd_plate", "16"), ("mpdd_rod", "2"), ("Mean", "2")}
 
 
+@pytest.mark.parametrize("value", ["0", "-3", "2.5", "NaN", "Infinity", "true", "1e300", "1" + "0" * 400])
+def test_a_number_of_images_that_cannot_be_is_damage(value: str, tmp_path: Path, write_run: WriteRun) -> None:
+    require_left_out("train_images", value, tmp_path, write_run)
+
+
+@pytest.mark.parametrize("metric", FEWSHOT_METRICS)
+@pytest.mark.parametrize("value", ["-0.1", "1.01", "NaN", "-Infinity", "true", "1" + "0" * 400])
+def test_a_metric_that_cannot_be_is_damage(metric: str, value: str, tmp_path: Path, write_run: WriteRun) -> None:
+    require_left_out(metric, value, tmp_path, write_run)
+
+
+def require_left_out(column: str, value: str, tmp_path: Path, write_run: WriteRun) -> None:
+    """Spoil one value of one of two classes: that class is named and left out, the other one stays."""
+    run = write_run("run", 2, 0, classes={"plate": (2, 0.6, 0.5), "rod": (2, 0.8, 0.5)})
+    path = run / "class_results" / "mpdd_rod.json"
+    content = json.loads(path.read_text())
+    next(part for part in (content["metrics"], content["timings"]) if column in part)[column] = "spoiled"
+    path.write_text(json.dumps(content).replace('"spoiled"', value))
+    finished = compare(tmp_path, run)
+    assert finished.code == 1 and len(finished.error_lines) == 1
+    assert finished.err.startswith(f"warning: mpdd_rod of {run} is left out: {path}: damaged ({column} is ")
+    assert [r["class"] for r in read_rows(tmp_path / "out" / "fewshot.csv")] == ["mpdd_plate"]
+
+
+def test_a_metric_at_the_end_of_its_range_is_kept(tmp_path: Path, write_run: WriteRun) -> None:
+    run = write_run("run", 2, 0, classes={"plate": (2, 1 + 1e-15, 0), "rod": (2, 0.0, 1)})
+    finished = compare(tmp_path, run)
+    assert (finished.code, finished.err) == (0, "")
+
+
+def test_a_picture_that_fails_leaves_no_file(
+    tmp_path: Path, write_run: WriteRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("no font")
+
+    monkeypatch.setattr(comparison, "fewshot_picture", fail)
+    assert compare(tmp_path, write_run("run", 2, 0, classes={"plate": (2, 0.6, 0.5)})).code == 1
+    assert not (tmp_path / "out").exists()
+
+
 def test_runs_that_cannot_be_compared(tmp_path: Path, write_run: WriteRun) -> None:
     classes = {"plate": (2, 0.6, 0.5)}
     first = write_run("first", 2, 0, classes=classes)
@@ -203,19 +263,32 @@ def test_runs_that_cannot_be_compared(tmp_path: Path, write_run: WriteRun) -> No
         ([write_run("same", 2, 0, classes=classes)], r"first' and '.*same' are both of --limit_train 2 and --seed 0"),
         ([first], "both of --limit_train 2"),
         ([write_run("text", "4", 0, classes=classes)], "limit_train '4', expected integers"),
-        ([tmp_path / "nowhere"], "nowhere' is no folder of a training run"),
-        ([write_run("stored", 4, 0, classes=classes, dataset={"name": "mpdd"})], "stored' is no folder"),
+        ([write_run("yes", True, 0, classes=classes)], "limit_train True, expected integers"),
+        ([write_run("none", 0, 0, classes=classes)], "limit_train 0, expected integers, limit_train >= 1"),
+        ([write_run("sown", 4, True, classes=classes)], "seed True and"),
+        ([write_run("twice", 4, 0, classes=classes, categories=["plate", "plate"])], "expected a list of names, each"),
+        ([write_run("word", 4, 0, classes=classes, categories="plate")], "categories 'plate', expected a list"),
+        ([write_run("digits", 4, 0, classes=classes, categories=[1])], r"categories \[1\], expected a list"),
+        ([tmp_path / "nowhere"], r"nowhere' is no folder of a training run \(there is no such folder\): name"),
+        ([tmp_path], r"is no folder of a training run \(it has no config\.json\): name"),
+        ([first / "config.json"], r"config\.json' is no folder of a training run \(it is a file\): name"),
+        ([write_run("stored", 4, 0, classes=classes, dataset={"name": "mpdd"})], "stored' is .* has no 'categories'"),
+        ([write_run("odd", 4, 0, classes=classes, dataset=[])], "odd' is .* config.json is damaged"),
     ]
     for others, message in cases:
         finished = compare(tmp_path, first, *others)
         assert finished.code == 2 and len(finished.error_lines) == 1, message
         assert finished.out == ""
         assert re.search(message, finished.err), finished.err
+        assert "Errno" not in finished.err
     unfinished = compare(tmp_path, write_run("empty", 2, 0, classes={}, categories=["plate"]))
     assert unfinished.code == 2 and "no class is finished" in unfinished.error_lines[-1]
     assert not (tmp_path / "out").exists()
     (tmp_path / "file").touch()
-    assert invoke(fewshot_curve, first, "--out", tmp_path / "file").code == 2
+    for out in (tmp_path / "file", tmp_path / "file" / "below" / "it"):
+        finished = invoke(fewshot_curve, first, "--out", out)
+        assert (finished.code, finished.out, len(finished.error_lines)) == (2, "", 1)
+        assert finished.err.startswith(f"error: --out '{out}': '{tmp_path / 'file'}' is no folder, expected ")
     assert invoke(fewshot_curve, "--out", tmp_path / "out").code == 2
 
 

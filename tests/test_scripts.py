@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY
+
+from patchcore.cli import load_and_evaluate_patchcore, run_patchcore
 
 MPDD_TRAINING = "sample_training_mpdd.sh"
 MPDD_EVALUATION = "sample_evaluation_mpdd.sh"
@@ -29,8 +32,13 @@ PATH_VARIABLES = {
 CHOICES = {"VARIANTS", "CLASSES", "SHOTS", "SEEDS", "RESULTS", "EVALUATED", "LOG_PROJECT", "PYTHON"}
 OWN_VARIABLES = CHOICES | set(PATH_VARIABLES.values())
 
-# Stands for the interpreter: notes what it was called with, and fails where the test says so.
+# Stands for the interpreter: notes what it was called with, and fails where the test says so. Whether there is a
+# package to run is no command of the script.
 STUB = """#!/bin/sh
+if [ "$1 $2" = "-c import patchcore" ]; then
+    echo "noise of the probe" >&2
+    exit "${PROBE_CODE:-0}"
+fi
 { printf '%s\\0' "$@"; echo; } >> "$RECORD"
 case "$*" in *"${FAIL_WITH:-no such argument}"*) exit "$FAIL_CODE" ;; esac
 """
@@ -158,6 +166,13 @@ def test_bash_can_read_the_script(script: str) -> None:
         assert "\nset -euo pipefail\n" in path.read_text()
 
 
+@pytest.mark.skipif(shutil.which("dash") is None, reason="there is no shell but bash")
+@pytest.mark.parametrize("script", PATH_VARIABLES)
+def test_another_shell_is_refused_in_one_line(script: str) -> None:
+    ran = subprocess.run(["dash", str(REPOSITORY / script)], capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (2, "", "error: run this with bash\n")
+
+
 def test_the_mpdd_trainings_are_the_published_commands(desk: Desk) -> None:
     expected = [[*shlex.split(command), str(desk.data)] for command in PUBLISHED.values()]
     assert desk.train(MPDD_TRAINING) == expected
@@ -239,11 +254,40 @@ def test_an_unknown_variant_is_refused_before_any_work(script: str, name: str, d
     assert f"'{name}'" in ran.err and "IM224_WR50 IM224_Ensemble IM320_WR50" in ran.err
 
 
-@pytest.mark.parametrize("script", PATH_VARIABLES)
-@pytest.mark.parametrize("args", [(), ("--offline",), ("--seed", "3"), ("",)])
-def test_without_a_path_the_script_says_where_the_data_set_is(script: str, args: tuple[str, ...], desk: Desk) -> None:
-    ran = desk.run(script, *args)
+@pytest.mark.parametrize("script", [*TRAININGS, *EVALUATIONS])
+@pytest.mark.parametrize(("variable", "name"), [("VARIANTS", "IM320_WR50"), ("CLASSES", "rod")])
+def test_a_name_given_twice_is_refused_before_any_work(script: str, variable: str, name: str, desk: Desk) -> None:
+    ran = desk.run(script, desk.data, **{variable: f"{name} IM224_WR50  {name}"})
     assert (ran.code, ran.commands, ran.out) == (2, [], "")
+    assert ran.err.startswith(f"error: {variable} has '{name}' more than once") and len(ran.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("script", TRAININGS)
+@pytest.mark.parametrize("flags", [("--log_group", "mine"), ("--log_group=mine",)])
+def test_a_training_refuses_the_group_that_it_names_itself(script: str, flags: tuple[str, ...], desk: Desk) -> None:
+    ran = desk.run(script, desk.data, "--threads", 1, *flags)
+    assert (ran.code, ran.commands, ran.out) == (2, [], "")
+    assert ran.err.startswith("error: --log_group is set by this script: ") and len(ran.err.splitlines()) == 1
+
+
+def test_no_folder_is_taken_for_an_option(desk: Desk) -> None:
+    (desk.folder / "-data").mkdir()
+    variables = {"MPDD_PATH": "-data", "RESULTS": "-results", "EVALUATED": "--out", "VARIANTS": "IM224_WR50"}
+    (training,) = desk.run(MPDD_TRAINING, **variables).commands
+    assert training[training.index("patch_core") - 1] == "./-results" and training[-1] == "./-data"
+    models = desk.folder / "-results" / "project" / group(training) / "models" / "mpdd_metal_plate"
+    models.mkdir(parents=True)
+    (evaluation,) = desk.run(MPDD_EVALUATION, **variables).commands
+    assert evaluation[evaluation.index("patch_core_loader") - 1] == f"./--out/{group(training)}"
+    assert values(evaluation, "-p") == [f"./{models.relative_to(desk.folder)}"] and evaluation[-1] == "./-data"
+
+
+@pytest.mark.parametrize("script", PATH_VARIABLES)
+@pytest.mark.parametrize("args", [(), ("--offline",), ("--seed", "3"), ("--seed", "3", "{data}"), ("",)])
+def test_without_a_path_the_script_says_where_the_data_set_is(script: str, args: tuple[str, ...], desk: Desk) -> None:
+    ran = desk.run(script, *(a.format(data=desk.data) for a in args))
+    assert (ran.code, ran.commands, ran.out) == (2, [], "")
+    assert "first argument, before other options" in ran.err.splitlines()[0]
     where = {"MPDD_PATH": "https://github.com/stepanje/MPDD", "MVTEC_PATH": "https://www.mvtec.com/company/research"}
     assert PATH_VARIABLES[script] in ran.err and where[PATH_VARIABLES[script]] in ran.err
     assert "usage: " in ran.err and "unbound" not in ran.err
@@ -255,6 +299,7 @@ def test_a_wrong_path_or_interpreter_is_one_line(script: str, desk: Desk) -> Non
         (desk.run(script, "no such folder"), "'no such folder' is no folder"),
         (desk.run(script, **{PATH_VARIABLES[script]: desk.stub}), "python stub' is no folder"),
         (desk.run(script, desk.data, PYTHON="no-such-python"), "no command no-such-python"),
+        (desk.run(script, desk.data, PROBE_CODE=1), "python stub cannot import patchcore: activate the environment"),
     ]:
         assert (ran.code, ran.commands, ran.out) == (2, [], "")
         assert expected in ran.err and len(ran.err.splitlines()) == 1
@@ -332,9 +377,56 @@ def test_what_was_never_trained_is_skipped_unless_it_was_asked_for(desk: Desk) -
     some = desk.run(MPDD_EVALUATION, desk.data)
     assert some.code == 0 and len(some.commands) == 1
     assert len(some.err.splitlines()) == 3 and "train them with sample_training_mpdd.sh" in some.err
+    assert some.out.splitlines()[-1] == "skipped, never trained: IM224_Ensemble IM320_WR50 IM320_Segmentation"
     named = desk.run(MPDD_EVALUATION, desk.data, VARIANTS="IM320_WR50 IM224_WR50")
     assert named.code == 1 and len(named.commands) == 1
-    assert "error: without models: IM320_WR50" in named.err
+    assert "error: without models: IM320_WR50" in named.err and "never trained" not in named.out
+    broken = desk.run(MPDD_EVALUATION, desk.data, FAIL_WITH="IM224_WR50", FAIL_CODE=1)
+    assert broken.code == 1 and "error: failed: IM224_WR50" in broken.err
+
+
+@pytest.mark.parametrize("script", PATH_VARIABLES)
+def test_the_headings_tell_of_the_offline_backbones(script: str, desk: Desk) -> None:
+    for args, end in (((), ""), (("--offline",), " (offline backbones)")):
+        ran = desk.run(script, desk.data, *args, VARIANTS="IM224_WR50", SHOTS="4")
+        title = "4 training image(s)" if script == FEWSHOT else "IM224_WR50"
+        assert ran.out.splitlines()[0] == f"== {title}{end}"
+
+
+@pytest.mark.parametrize("evaluation", EVALUATIONS)
+@pytest.mark.parametrize("typed", [("--seed", "5"), ("--seed=5",), ("--seed", "05"), ("--seed", "5", "--seed", "6")])
+def test_a_typed_seed_names_the_runs(evaluation: str, typed: tuple[str, ...], desk: Desk) -> None:
+    flags = (*typed, "--gpu", "1")
+    recipes = desk.train(EVALUATIONS[evaluation])
+    trained = desk.train(EVALUATIONS[evaluation], *flags)
+    assert [group(c) for c in trained] == [group(c).rpartition("_S")[0] + "_S5" for c in recipes]
+    seeds = (5, 6) if "6" in typed else (5,)
+    for command in trained:
+        assert command[-len(flags) :] == list(flags)
+        assert run_patchcore.make_context("run_patchcore", list(command)).params.items() >= {
+            ("seeds", seeds),
+            ("gpus", (1,)),
+            ("log_group", group(command)),
+        }
+    folders = [desk.pretend_models(group(c), c[-2 - len(flags)], "carpet") for c in trained]
+    ran = desk.run(evaluation, desk.data, *flags)
+    assert ran.code == 0, ran.err
+    assert [Path(values(c, "-p")[0]).parents[1] for c in ran.commands] == folders
+    for command in ran.commands:
+        context = load_and_evaluate_patchcore.make_context("load_and_evaluate_patchcore", command[1:])
+        assert context.params["gpus"] == (1,)
+    others = desk.run(evaluation, desk.data, "--seed", "7")
+    assert others.code == 1 and others.commands == []
+
+
+@pytest.mark.parametrize(
+    "flags", [("--seed",), ("--seed", "many"), ("--seed=",), ("--seed", "-1"), ("--seed", "--gpu")]
+)
+def test_a_seed_that_is_no_number_is_left_to_python(flags: tuple[str, ...], desk: Desk) -> None:
+    ran = desk.run(MPDD_TRAINING, desk.data, *flags)
+    assert (ran.code, ran.err) == (0, "")
+    assert [group(c) for c in ran.commands] == [group(c) for c in desk.train(MPDD_TRAINING)]
+    assert all(tuple(c[-len(flags) :]) == flags for c in ran.commands)
 
 
 RECIPE = "FEWSHOT_IM224_WR50_L2-3_P01_D1024-1024_PS-3_AN-1"
@@ -396,6 +488,22 @@ def test_fewshot_numbers_are_checked(variable: str, value: str, desk: Desk) -> N
     ran = desk.run(FEWSHOT, desk.data, **{variable: value})
     assert (ran.code, ran.commands) == (2, [])
     assert len(ran.err.splitlines()) == 1 and variable in ran.err and "separated by blanks" in ran.err
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"), [("SHOTS", "4 0"), ("SHOTS", "00"), ("SHOTS", "4 2 04"), ("SEEDS", "0 00")]
+)
+def test_fewshot_numbers_are_of_use_and_differ(variable: str, value: str, desk: Desk) -> None:
+    ran = desk.run(FEWSHOT, desk.data, **{variable: value})
+    assert (ran.code, ran.commands, ran.out) == (2, [], "")
+    assert len(ran.err.splitlines()) == 1 and ran.err.startswith(f"error: {variable} has ")
+
+
+def test_fewshot_numbers_lose_their_leading_zeros(desk: Desk) -> None:
+    ran = desk.run(FEWSHOT, desk.data, SHOTS="08 10", SEEDS="00 09")
+    assert [values(c, "--limit_train") for c in ran.commands] == [["8"], ["10"]]
+    assert all(values(c, "--seed") == ["0", "9"] for c in ran.commands)
+    assert [group(c) for c in ran.commands] == [f"{RECIPE}_N8_S0", f"{RECIPE}_N10_S0"]
 
 
 SMALL = shlex.split("--resize 64 --imagesize 64 --limit_test 2 --num_workers 0 --threads 1 --device cpu")

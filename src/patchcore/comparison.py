@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from patchcore.storage.run_folder import MEAN_ROW, format_number
 
 LOGGER = logging.getLogger(__name__)
 
+MAX_IMAGES = 2**31  # more than a data set has, and far from where the arithmetic of the curve overflows
+ROUNDING = 1e-9  # an area that is 1 may have been summed up to a little more
 MAY_DIFFER = ("seed", "outputs", "dataset.limit_train")
 
 
@@ -63,10 +66,12 @@ def fewshot_curve(folders: Sequence[Path], out: Path, announce: Callable[[str], 
         Whether every class of every run was there; classes that are not are named and left out.
 
     Raises:
-        ConfigurationError: A folder holds no run, or the runs cannot be compared; nothing has been written then.
+        ConfigurationError: A folder holds no run, the runs cannot be compared, or `out` is no place for files; nothing
+            has been written then.
     """
     runs = [_read_run(folder) for folder in folders]
     _require_comparable(runs)
+    _require_folder(out)
     run_folder.require_writable(out)
     observations = [o for run in runs for o in _observations(run)]
     if not observations:
@@ -78,21 +83,55 @@ def fewshot_curve(folders: Sequence[Path], out: Path, announce: Callable[[str], 
     return len(observations) == sum(len(run.row_names) for run in runs)
 
 
+def _require_folder(out: Path) -> None:
+    """Raise ConfigurationError if there is something else than a folder where `out` is to be."""
+    for path in (out, *out.parents):
+        if os.path.lexists(path) and not os.path.isdir(path):
+            raise ConfigurationError(
+                f"--out {str(out)!r}: {str(path)!r} is no folder, expected one or a name that is free"
+            )
+
+
 def _read_run(folder: Path) -> _Run:
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))["config"]
         dataset = config["dataset"]
-        row_names = tuple(f"{dataset['name']}_{category}" for category in dataset["categories"])
-        limit, seed = dataset["limit_train"], config["seed"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        name, categories, limit = dataset["name"], dataset["categories"], dataset["limit_train"]
+        seed = config["seed"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigurationError(
-            f"{str(folder)!r} is no folder of a training run ({type(error).__name__}: {error}): name folders that "
+            f"{str(folder)!r} is no folder of a training run ({_why_no_run(folder, error)}): name folders that "
             "run_patchcore has written"
         ) from error
-    if not isinstance(seed, int) or not isinstance(limit, int | None):
-        raise ConfigurationError(f"{path}: seed {seed!r} and limit_train {limit!r}, expected integers")
-    return _Run(folder, config, row_names, limit, seed)
+    if not _is_integer(seed) or not (limit is None or (_is_integer(limit) and limit >= 1)):
+        raise ConfigurationError(
+            f"{path}: seed {seed!r} and limit_train {limit!r}, expected integers, limit_train >= 1"
+        )
+    if not _are_distinct_strings(categories):
+        raise ConfigurationError(f"{path}: categories {categories!r}, expected a list of names, each once")
+    return _Run(folder, config, tuple(f"{name}_{category}" for category in categories), limit, seed)
+
+
+def _why_no_run(folder: Path, error: Exception) -> str:
+    """Say what is wrong with a folder whose config.json could not be read."""
+    if isinstance(error, FileNotFoundError):
+        return "it has no config.json" if os.path.isdir(folder) else "there is no such folder"
+    if isinstance(error, NotADirectoryError):
+        return "it is a file"
+    if isinstance(error, OSError):
+        return f"its config.json cannot be read: {error.strerror}"
+    if isinstance(error, KeyError):
+        return f"its config.json has no {error.args[0]!r}"
+    return "its config.json is damaged"
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _are_distinct_strings(values: object) -> bool:
+    return isinstance(values, list) and all(isinstance(v, str) for v in values) and len(set(values)) == len(values)
 
 
 def _require_comparable(runs: Sequence[_Run]) -> None:
@@ -130,17 +169,38 @@ def _observations(run: _Run) -> Iterator[Observation]:
         if result is None or result.timings["train_images"] is None:
             LOGGER.warning("%s of %s is left out: not finished (failures.csv may say why)", row_name, run.folder)
             continue
+        num_images = result.timings["train_images"]
         metrics = {metric: result.metrics[metric] for metric in FEWSHOT_METRICS}
-        yield Observation(row_name, run.limit, result.timings["train_images"], run.seed, metrics)
+        impossible = _impossible_values(num_images, metrics)
+        if impossible:
+            path = run_folder.class_result_path(run.folder, row_name)
+            LOGGER.warning(
+                "%s of %s is left out: %s: damaged (%s): remove it to have the class done anew",
+                *(row_name, run.folder, path, "; ".join(impossible)),
+            )
+            continue
+        yield Observation(row_name, run.limit, int(num_images), run.seed, metrics)
+
+
+def _impossible_values(num_images: int | float, metrics: Mapping[str, float | None]) -> list[str]:
+    """Say which values cannot be those of a finished class; written so that NaN is one of them."""
+    found = []
+    if isinstance(num_images, bool) or not (1 <= num_images <= MAX_IMAGES and num_images == int(num_images)):
+        found.append(f"train_images is {num_images!r}, expected a whole number from 1 up")
+    for name, value in metrics.items():
+        if value is not None and (isinstance(value, bool) or not -ROUNDING <= value <= 1 + ROUNDING):
+            found.append(f"{name} is {value!r}, expected a number in [0, 1]")
+    return found
 
 
 def _write(points: Sequence[FewShotPoint], out: Path) -> None:
+    picture = png_bytes(fewshot_picture(points, MEAN_ROW))  # first: what fails here has replaced no file
+    tables = markdown_tables(points).encode("utf-8", "surrogateescape")
     header = ["class", "num_images", "num_seeds", *(f"{m}_{s}" for m in FEWSHOT_METRICS for s in ("mean", "std"))]
     rows = []
     for p in points:
         cells = [format_number(v) for m in FEWSHOT_METRICS for v in (p.means[m], p.stds[m])]
         rows.append([p.row_name, images_text(p.num_images), str(p.num_seeds), *cells])
     write_csv(out / "fewshot.csv", header, rows)
-    tables = markdown_tables(points)
-    write_bytes(out / "fewshot.md", tables.encode("utf-8", "surrogateescape"))
-    write_bytes(out / "fewshot_curve.png", png_bytes(fewshot_picture(points, MEAN_ROW)))
+    write_bytes(out / "fewshot.md", tables)
+    write_bytes(out / "fewshot_curve.png", picture)

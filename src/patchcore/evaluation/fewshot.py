@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 FEWSHOT_METRICS = {"instance_auroc": "image AUROC", "full_pixel_auroc": "pixel AUROC", "full_pro": "PRO"}
-READABLE_METRICS = ("instance_auroc", "full_pro")  # of the table and the curve for a reader
+CURVE_METRICS = ("instance_auroc", "full_pro")
 
 
 @dataclass(frozen=True)
@@ -127,6 +127,14 @@ def images_text(num_images: float) -> str:
     return f"{num_images:g}"
 
 
+def seeds_text(points: Sequence[FewShotPoint]) -> str:
+    """Return over how many seeds the points are, such as `3 seeds` or `1 to 3 seeds`."""
+    counts = sorted({p.num_seeds for p in points})
+    if len(counts) > 1:
+        return f"{counts[0]} to {counts[-1]} seeds"
+    return f"{counts[0]} seed{'s' * (counts[0] > 1)}"
+
+
 def point_rows(points: Sequence[FewShotPoint]) -> tuple[list[str], list[list[str]]]:
     """Return header and rows of a table for a terminal, one row per point."""
     header = ["class", "images", "seeds", *FEWSHOT_METRICS.values()]
@@ -138,7 +146,7 @@ def point_rows(points: Sequence[FewShotPoint]) -> tuple[list[str], list[list[str
 
 
 def markdown_tables(points: Sequence[FewShotPoint]) -> str:
-    """Write one Markdown table for image AUROC and one for PRO: classes down, numbers of images asked for across.
+    """Write one Markdown table per metric: classes down, numbers of images asked for across.
 
     Args:
         points: As `fewshot_points` returns them.
@@ -149,12 +157,11 @@ def markdown_tables(points: Sequence[FewShotPoint]) -> str:
     limits = sorted({p.limit for p in points}, key=lambda limit: np.inf if limit is None else limit)
     names = list(dict.fromkeys(p.row_name for p in points))
     cells = {(p.row_name, p.limit): p for p in points}
-    seeds = sorted({p.num_seeds for p in points})
-    over = f"{seeds[0]} to {seeds[-1]} seeds" if len(seeds) > 1 else f"{seeds[0]} seed{'s' * (seeds[0] > 1)}"
+    over = seeds_text(points)
     blocks = []
-    for metric in READABLE_METRICS:
+    for metric, title in FEWSHOT_METRICS.items():
         lines = [
-            f"## {FEWSHOT_METRICS[metric]} by number of training images, mean ± standard deviation over {over}",
+            f"## {title} by number of training images, mean ± standard deviation over {over}",
             "",
             _markdown_row(["class", *("all" if limit is None else str(limit) for limit in limits)]),
             _markdown_row(["---"] * (len(limits) + 1)),

@@ -13,7 +13,7 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from patchcore.evaluation.fewshot import FEWSHOT_METRICS, READABLE_METRICS, FewShotPoint, images_text
+from patchcore.evaluation.fewshot import CURVE_METRICS, FEWSHOT_METRICS, FewShotPoint, images_text, seeds_text
 
 PANEL_PX = 288  # side of one panel: text of 15 px stays readable beside it
 GAP_PX = 12
@@ -148,10 +148,10 @@ def fewshot_picture(points: Sequence[FewShotPoint], mean_row: str) -> Image.Imag
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    metrics = [m for m in READABLE_METRICS if any(p.means[m] is not None for p in points)] or [READABLE_METRICS[0]]
+    metrics = [m for m in CURVE_METRICS if any(p.means[m] is not None for p in points)] or [CURVE_METRICS[0]]
     names = list(dict.fromkeys(p.row_name for p in points))
     num_rows = -(-len(names) // 4)
-    figure = Figure(figsize=(0.8 + 4.6 * len(metrics), 3.9 + 0.22 * num_rows), dpi=160, layout="constrained")
+    figure = Figure(figsize=(0.8 + 4.6 * len(metrics), 4.1 + 0.22 * num_rows), dpi=160, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(metrics), squeeze=False)[0]
     ticks = _ticks([p.num_images for p in points if p.row_name != mean_row])
@@ -168,9 +168,23 @@ def fewshot_picture(points: Sequence[FewShotPoint], mean_row: str) -> Image.Imag
         panel.grid(color="0.9")
         panel.spines[["top", "right"]].set_visible(False)
     labels = [_fitted(name, 260).replace("$", r"\$") for name in names]  # $ would begin a formula
-    figure.legend(lines.values(), labels, loc="outside lower center", ncols=min(len(names), 4), frameon=False)
+    figure.legend(
+        lines.values(),
+        labels,
+        title=_bars_text(points),
+        loc="outside lower center",
+        ncols=min(len(names), 4),
+        frameon=False,
+    )
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+
+
+def _bars_text(points: Sequence[FewShotPoint]) -> str:
+    """Say what the bars of the few-shot curve are, or why there are none."""
+    if all(p.num_seeds == 1 for p in points):
+        return "one seed: no bars"
+    return f"bars: standard deviation over {seeds_text(points)}"
 
 
 def _draw_curve(panel: Any, curve: Sequence[FewShotPoint], metric: str, number: int | None) -> Any:
@@ -260,7 +274,8 @@ def _draw_scale(canvas: Image.Image, draw: ImageDraw.ImageDraw, left: int, scale
     canvas.paste(
         Image.fromarray(np.repeat(_colour_table()[bar].astype(np.uint8)[:, None], 18, axis=1)), (left, HEADER_PX)
     )
-    marks = [(scale.high, f"{scale.high:.3g}"), (scale.low, f"{scale.low:.3g}")]
+    low = scale.low if abs(scale.low) > 1e-3 * (scale.high - scale.low) else 0.0  # 0 but for rounding reads as 0
+    marks = [(scale.high, f"{scale.high:.3g}"), (scale.low, f"{low:.3g}")]
     if scale.threshold is not None:
         marks.append((scale.threshold, f"pixel threshold {scale.threshold:.3g}"))
     for value, label in marks:
