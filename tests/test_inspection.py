@@ -18,7 +18,6 @@ from patchcore.datasets import inspection
 from patchcore.datasets.images import IGNORED
 from patchcore.datasets.inspection import (
     DatasetSplit,
-    ImageLoader,
     InspectionDataset,
     found_categories,
     list_images,
@@ -26,6 +25,7 @@ from patchcore.datasets.inspection import (
     list_train,
     resolve_categories,
 )
+from patchcore.datasets.loader import ImageLoader
 from patchcore.datasets.mpdd import MPDDDataset
 from patchcore.datasets.mvtec import MVTecDataset
 from patchcore.datasets.registry import DATASETS, dataset_class

@@ -28,7 +28,8 @@ from patchcore.configs import (
     SearchConfig,
     TrainingSource,
 )
-from patchcore.datasets.inspection import DatasetSplit, ImageLoader, InspectionDataset
+from patchcore.datasets.inspection import DatasetSplit, InspectionDataset
+from patchcore.datasets.loader import ImageLoader
 from patchcore.detector import AnomalyDetector
 from patchcore.errors import ConfigurationError
 from patchcore.memory.nearest_neighbours import FaissNN, TorchNN

@@ -17,7 +17,7 @@ _HOMES = {
     "DataError": "patchcore.errors",
     "DatasetConfig": "patchcore.configs",
     "DatasetSplit": "patchcore.datasets.inspection",
-    "ImageLoader": "patchcore.datasets.inspection",
+    "ImageLoader": "patchcore.datasets.loader",
     "MPDDDataset": "patchcore.datasets.mpdd",
     "MVTecDataset": "patchcore.datasets.mvtec",
     "PatchCore": "patchcore.methods.patchcore",

@@ -13,7 +13,8 @@ import torch
 
 from patchcore.configs import DatasetConfig, OutputConfig, TrainingSource
 from patchcore.datasets.images import crop_labels, place
-from patchcore.datasets.inspection import GOOD, DatasetSplit, ImageLoader, InspectionDataset
+from patchcore.datasets.inspection import GOOD, DatasetSplit, InspectionDataset
+from patchcore.datasets.loader import ImageLoader
 from patchcore.datasets.registry import dataset_class
 from patchcore.detector import AnomalyDetector, DetectorBuilder
 from patchcore.errors import DataError

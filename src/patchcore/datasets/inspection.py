@@ -1,4 +1,4 @@
-"""Images of one class in the MVTec AD folder layout: listing, pairing with masks, loading in batches.
+"""Images of one class in the MVTec AD folder layout: listing, and pairing with masks.
 
 <root>/<category>/train/good/*.png
 <root>/<category>/test/<defect_type>/*.png          "good" holds normal images
@@ -12,19 +12,19 @@ import enum
 import functools
 import logging
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from patchcore.configs import DatasetConfig, PreprocessingConfig
 from patchcore.datasets.images import crop_image, crop_labels, place, read_image, read_mask, upright_size
 from patchcore.errors import ConfigurationError, DataError
-from patchcore.runtime import available_cpus, derive_seed, progress
+from patchcore.runtime import derive_seed, progress
 
 LOGGER = logging.getLogger(__name__)
 
@@ -321,72 +321,6 @@ def _size_mismatch(mask: Path, mask_size: tuple[int, ...], image: Path, size: tu
         f"{mask}: mask of {mask_size[1]} x {mask_size[0]} px for an image of {size[1]} x {size[0]} px "
         f"({image.name}): both must have the same size"
     )
-
-
-class ImageLoader:
-    """Batches of a data set, read by worker processes.
-
-    Iterating gives dictionaries of stacked items: `image` uint8 [B, 3, S, S], `mask` uint8 [B, S, S] where the
-    data set has masks, `index` int64 [B].
-
-    Args:
-        dataset: What to read, in its order.
-        batch_size: Images per batch.
-        num_workers: Worker processes, at most one per CPU core and batch; 0 reads in this process.
-        pin_memory: Give page-locked tensors, for copies to a GPU.
-
-    Raises:
-        DataError: While iterating: a file cannot be read.
-    """
-
-    def __init__(
-        self, dataset: InspectionDataset, batch_size: int, num_workers: int = 0, pin_memory: bool = False
-    ) -> None:
-        self.dataset = dataset
-        num_batches = -(-len(dataset) // batch_size)
-        self._loader = DataLoader(
-            _ErrorsAsItems(dataset),
-            batch_size=batch_size,
-            num_workers=min(num_workers, available_cpus(), num_batches),
-            collate_fn=_collate,
-            pin_memory=pin_memory,
-        )
-
-    @property
-    def num_images(self) -> int:
-        return len(self.dataset)
-
-    def __len__(self) -> int:
-        return len(self._loader)
-
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        for batch in self._loader:
-            if isinstance(batch, DataError):
-                raise batch
-            yield batch
-
-
-class _ErrorsAsItems(Dataset[Any]):
-    """Hands a DataError over as an item: raised in a worker it would arrive wrapped in a traceback."""
-
-    def __init__(self, dataset: InspectionDataset) -> None:
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> dict[str, Any] | DataError:
-        try:
-            return self.dataset[index]
-        except DataError as error:
-            return error
-
-
-def _collate(items: list[Any]) -> Any:
-    for item in items:
-        if isinstance(item, DataError):
-            return item
-    return torch.utils.data.default_collate(items)
 
 
 def resolve_categories(config: DatasetConfig, published: Sequence[str], needs_training: bool = True) -> list[str]:
