@@ -274,7 +274,8 @@ def test_a_tracker_that_cannot_be_opened_leaves_the_others(
     [
         ({}, "parts", "API key.*wandb login.*WANDB_MODE=offline"),
         ({"WANDB_API_KEY": "short"}, "parts", "40"),
-        ({"WANDB_MODE": "ofline"}, "parts", "mode.*'ofline'"),
+        ({"WANDB_MODE": "ofline"}, "parts", "WANDB_MODE is 'ofline', expected online, offline or disabled"),
+        ({"WANDB_MODE": ""}, "parts", "WANDB_MODE is ''"),
         ({"WANDB_MODE": "offline"}, "parts#1", "project name 'parts#1'"),
     ],
 )

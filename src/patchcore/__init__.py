@@ -17,6 +17,8 @@ _HOMES = {
     "DataError": "patchcore.errors",
     "DatasetConfig": "patchcore.configs",
     "DatasetSplit": "patchcore.datasets.inspection",
+    "Ensemble": "patchcore.methods.ensemble",
+    "EnsembleConfig": "patchcore.configs",
     "ImageLoader": "patchcore.datasets.loader",
     "MPDDDataset": "patchcore.datasets.mpdd",
     "MVTecDataset": "patchcore.datasets.mvtec",

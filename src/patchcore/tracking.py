@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import shlex
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ MEAN = "Mean"  # named as the row of the tables
 INIT_TIMEOUT_SECONDS = 30.0  # then the run is recorded offline
 FINISH_TIMEOUT_SECONDS = 60.0  # W&B sends while the run goes on; without a network it would wait without end
 STEP = "class_index"
+WANDB_MODES = ("online", "offline", "disabled", "run", "dryrun", "shared")  # which W&B takes
 
 
 class ClassNumbers(Protocol):
@@ -134,6 +136,9 @@ def _require_wandb(project: str) -> None:
         raise ConfigurationError(
             f"--log_online needs the package wandb ({_one_line(error)}): pip install '.[wandb]'"
         ) from error
+    typed = os.environ.get("WANDB_MODE", "online")
+    if typed not in WANDB_MODES:
+        raise ConfigurationError(f"--log_online: WANDB_MODE is {typed!r}, expected online, offline or disabled")
     try:
         mode = wandb.setup().settings.mode
         wandb.Settings(project=project)

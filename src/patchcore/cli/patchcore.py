@@ -120,7 +120,7 @@ def _require_seeds_that_differ(
     decided_elsewhere = all(member.seed is not None for member in members)
     if len(seeds) > 1 and decided_elsewhere and dataset.limit_train is None and dataset.train_val_split == 1:
         raise click.UsageError(
-            f"{len(seeds)} --seed, but every -b has a .seed-N in their place, so that all runs would be the same: "
+            f"{len(seeds)} --seed, but every -b has a .seed-N in their place, so that all would give the same model: "
             "leave .seed-N out or name one --seed"
         )
 
