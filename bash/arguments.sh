@@ -225,6 +225,16 @@ newest_run() {
     [ -n "$run_folder" ]
 }
 
+# free_name PATH sets free_name: PATH, or the first of PATH_0, PATH_1, ... that does not exist.
+free_name() {
+    local number=0
+    free_name=$1
+    while [ -e "$free_name" ]; do
+        free_name=$1_$number
+        number=$((number + 1))
+    done
+}
+
 # find_models DATASET GROUP sets run_folder, model_flags and class_flags: the models of the newest run of the group.
 find_models() {
     local class group script=${0##*/}

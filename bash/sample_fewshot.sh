@@ -50,7 +50,7 @@ for num_images in "${shots[@]}"; do
     attempt "$num_images training image(s)" train "$num_images" ${flags[@]+"${flags[@]}"}
 done
 if [ "${#finished_runs[@]}" -gt 0 ]; then
-    attempt "curve" "$PYTHON" "$root/bin/fewshot_curve.py" "${finished_runs[@]}" \
-        --out "$RESULTS/fewshot/${recipe}_curve"
+    free_name "$RESULTS/fewshot/${recipe}_curve"
+    attempt "curve" "$PYTHON" "$root/bin/fewshot_curve.py" "${finished_runs[@]}" --out "$free_name"
 fi
 finish

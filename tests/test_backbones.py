@@ -162,7 +162,7 @@ def test_random_weights_follow_the_seed_and_disturb_no_other_random_numbers(name
         ("", "unknown backbone '': known: alexnet, densenet121.* and [0-9]+ more"),
         ("vit_smal", "did you mean vit_small"),
         ("timm:resnett18", "unknown timm model 'resnett18': did you mean .*resnet18"),
-        ("timm:", "unknown timm model '': timm.list_models"),
+        ("timm:", "no timm model named, expected its name behind timm:"),
         ("timm:resnet18.", "'resnet18' has no weights ''"),
         ("timm:jx_nest_base", "old name that timm no longer describes"),
         ("timm:resnet18.a1_in2k", r"'resnet18' has no weights 'a1_in2k': did you mean .*resnet18\.a1_in1k"),

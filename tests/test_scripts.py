@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, RunCommand
 
 from patchcore.cli import load_and_evaluate_patchcore, run_patchcore
 
@@ -459,6 +459,14 @@ def test_fewshot_trains_on_each_number_and_draws_the_newest_runs(desk: Desk) -> 
     assert older not in curve
 
 
+def test_fewshot_leaves_an_earlier_curve_alone(desk: Desk) -> None:
+    pretend_fewshot_run(desk, f"{RECIPE}_N1_S0")
+    for expected in ("curve", "curve_0", "curve_1"):
+        ran = desk.run(FEWSHOT, desk.data, SHOTS="1", SEEDS="0")
+        assert ran.commands[-1][-1] == f"results/fewshot/{RECIPE}_{expected}"
+        (desk.folder / "results" / "fewshot" / f"{RECIPE}_{expected}").mkdir()
+
+
 def test_fewshot_draws_no_number_that_failed(desk: Desk) -> None:
     runs = [pretend_fewshot_run(desk, f"{RECIPE}_N{n}_S0") for n in (1, 2, 4)]
     ran = desk.run(FEWSHOT, desk.data, SHOTS="1 2 4", SEEDS="0", FAIL_WITH="--limit_train 2", FAIL_CODE=1)
@@ -543,36 +551,55 @@ def assert_equal_tables(folder: Path, count: int) -> None:
         assert evaluated.read_bytes() == path.read_bytes()
 
 
-@pytest.mark.slow
-def test_offline_recipes_train_and_evaluate_whole(rendered: Path, run_whole: RunScript, tmp_path: Path) -> None:
-    trained = run_whole(MPDD_TRAINING, rendered, "--offline", *SMALL_TRAINING)
-    assert trained.returncode == 0, trained.stderr
-    evaluated = run_whole(MPDD_EVALUATION, rendered, "--offline", *SMALL)
-    assert evaluated.returncode == 0, evaluated.stderr
-    assert_equal_tables(tmp_path, 4)
+EVALUATION_OF = {training: evaluation for evaluation, training in EVALUATIONS.items()}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", TRAININGS)
-def test_published_recipes_train_and_evaluate_whole(
-    script: str, rendered: Path, run_whole: RunScript, tmp_path: Path
+@pytest.mark.parametrize(
+    ("script", "variables", "num_variants"), [(MPDD_TRAINING, {}, 4), (MVTEC_TRAINING, {"CLASSES": "metal_plate"}, 6)]
+)
+def test_offline_recipes_train_and_evaluate_whole(
+    script: str, variables: dict[str, str], num_variants: int, rendered: Path, run_whole: RunScript, tmp_path: Path
 ) -> None:
-    evaluation = {training: evaluation for evaluation, training in EVALUATIONS.items()}[script]
-    variables = {"CLASSES": "metal_plate", "VARIANTS": "IM224_WR50 IM224_Ensemble"}
+    trained = run_whole(script, rendered, "--offline", *SMALL_TRAINING, **variables)
+    assert trained.returncode == 0, trained.stderr
+    evaluated = run_whole(EVALUATION_OF[script], rendered, "--offline", *SMALL, **variables)
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert_equal_tables(tmp_path, num_variants)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "variants"),
+    [
+        (MPDD_TRAINING, "IM224_WR50 IM224_Ensemble IM320_WR50 IM320_Segmentation"),
+        (MVTEC_TRAINING, "IM224_WR50 IM320_SegmentationEnsemble"),
+    ],
+)
+def test_published_recipes_train_and_evaluate_whole(
+    script: str, variants: str, rendered: Path, run_whole: RunScript, tmp_path: Path
+) -> None:
+    evaluation = EVALUATION_OF[script]
+    variables = {"CLASSES": "metal_plate", "VARIANTS": variants}
     small = [*SMALL, "--limit_test", "1"]
     trained = run_whole(script, rendered, *SMALL_TRAINING, *small, "--limit_train", "2", **variables)
     assert trained.returncode == 0, trained.stderr
     evaluated = run_whole(evaluation, rendered, *small, **variables)
     assert evaluated.returncode == 0, evaluated.stderr
-    assert_equal_tables(tmp_path, 2)
+    assert_equal_tables(tmp_path, len(variants.split()))
 
 
 @pytest.mark.slow
-def test_fewshot_whole(rendered: Path, run_whole: RunScript, tmp_path: Path) -> None:
+def test_fewshot_whole(rendered: Path, run_whole: RunScript, run_command: RunCommand, tmp_path: Path) -> None:
     small = ["--weights", "random", *SMALL]
     ran = run_whole(FEWSHOT, rendered, "--offline", *small, SHOTS="1 2 4", SEEDS="0 1", CLASSES="metal_plate")
     assert ran.returncode == 0, ran.stderr
     recipe = RECIPE.replace("WR50_L2-3", "LITE0_B2-4")
     folder = tmp_path / "results" / "fewshot"
     assert all((folder / f"{recipe}_N{n}_S{s}" / "results.csv").is_file() for n in (1, 2, 4) for s in (0, 1))
-    assert any((folder / f"{recipe}_curve").iterdir())
+    curve = (folder / f"{recipe}_curve" / "fewshot.csv").read_text()
+    # The README's way to draw it again, from everything that the script has left there.
+    runs = sorted(folder.glob("FEWSHOT_*_S[0-9]"))
+    again = run_command("fewshot_curve.py", *runs, "--out", tmp_path / "curve")
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "curve" / "fewshot.csv").read_text() == curve

@@ -38,9 +38,11 @@ def progress(iterable: Iterable[T] | None, description: str, total: int | None =
     """
     from tqdm import tqdm
 
-    interval = 0.2 if sys.stderr.isatty() else 5.0
+    terminal = sys.stderr.isatty()
+    interval = 0.2 if terminal else 5.0
+    # In a log a bar is left, because only then it ends its line.
     return tqdm(
-        iterable, desc=description, total=total, delay=1.0, mininterval=interval, leave=False, dynamic_ncols=True
+        iterable, desc=description, total=total, delay=1.0, mininterval=interval, leave=not terminal, dynamic_ncols=True
     )
 
 

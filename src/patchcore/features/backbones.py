@@ -194,6 +194,8 @@ def backbone_entry(name: str) -> BackboneEntry:
     """
     if name.startswith("timm:"):
         model = name.removeprefix("timm:")
+        if not model:
+            raise ConfigurationError("no timm model named, expected its name behind timm:, as in timm:resnet18")
         if not timm.is_model(model):
             near = near_matches(model, timm.list_models())
             hint = near if near.startswith("did") else "timm.list_models() in Python shows the names"
