@@ -515,7 +515,8 @@ def test_fewshot_numbers_lose_their_leading_zeros(desk: Desk) -> None:
 
 
 SMALL = shlex.split("--resize 64 --imagesize 64 --limit_test 2 --num_workers 0 --threads 1 --device cpu")
-SMALL_TRAINING = ["--weights", "random", "--limit_train", "6", *SMALL]
+# A larger share of so few patches, for the recipes with several neighbours.
+SMALL_TRAINING = ["-p", "0.2", "--weights", "random", "--limit_train", "6", *SMALL]
 
 RunScript = Callable[..., "subprocess.CompletedProcess[str]"]
 
