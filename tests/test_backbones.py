@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import http.client
+import logging
 import os
 import pickle
 import re
@@ -71,7 +72,14 @@ def refused(weights: Path, name: str = SMALL) -> str:
 # The table
 
 
-def check_entry(name: str) -> None:
+@pytest.fixture
+def patchcore_log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let caplog see the toolkit's details, whatever a command before has set up."""
+    monkeypatch.setattr(logging.getLogger("patchcore"), "propagate", True)
+    caplog.set_level(logging.DEBUG, "patchcore")
+
+
+def check_entry(name: str, caplog: pytest.LogCaptureFixture) -> None:
     imagesize = 98 if name.startswith("dinov2") else 96  # the smallest that give all of them 3 x 3 or more
     backbone = load_backbone(name, "random", imagesize=imagesize)
     assert backbone.name == name
@@ -89,17 +97,22 @@ def check_entry(name: str) -> None:
         assert maps[layer].dtype == torch.float32
         assert torch.isfinite(maps[layer]).all()
         assert float(maps[layer].std()) > 0
+    assert "runs whole" not in caplog.text, "the README says that nothing behind the last layer is run"
 
 
 @pytest.mark.parametrize("name", ["resnet18", "efficientnet_lite0", "mnasnet_100", "vit_small", "dinov2_small"])
-def test_entries_that_most_runs_use_give_maps_at_their_good_layers(name: str) -> None:
-    check_entry(name)
+def test_entries_that_most_runs_use_give_maps_at_their_good_layers(
+    name: str, caplog: pytest.LogCaptureFixture, patchcore_log: None
+) -> None:
+    check_entry(name, caplog)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BACKBONES)
-def test_every_entry_gives_maps_at_its_good_layers(name: str) -> None:
-    check_entry(name)
+def test_every_entry_gives_maps_at_its_good_layers(
+    name: str, caplog: pytest.LogCaptureFixture, patchcore_log: None
+) -> None:
+    check_entry(name, caplog)
 
 
 def test_the_names_of_the_original_are_there() -> None:

@@ -635,6 +635,14 @@ def test_good_images_alone_leave_every_decision_cell_blank(small_dataset: Path, 
     assert set(row.values()) == {"mpdd_plate", ""}
 
 
+def test_split_of_too_few_images_names_another_calibration(tmp_path: Path) -> None:
+    write_category(tmp_path / "data", "pair", num_train=2)
+    done = run(tmp_path / "out", "--calibration", "split", *small_run(tmp_path / "data", "pair"))
+    assert done.code == 2 and len(done.error_lines) == 1
+    assert "'pair' has 2 for training: use --calibration kfold or none" in done.err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_class_at_fault_does_not_stop_the_check_of_held_out_images(small_dataset: Path, tmp_path: Path) -> None:
     good = small_dataset / "plate" / "train" / "good"
     shutil.copy(good / "000.png", good / "000.bmp")
