@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import subprocess
@@ -16,6 +17,7 @@ from conftest import REPOSITORY, RunCommand, small_run, write_category, write_te
 from in_process import Finished, invoke
 
 from patchcore.cli import load_and_evaluate_patchcore, run_patchcore
+from patchcore.cli.grammar import announce
 from patchcore.errors import ConfigurationError
 
 METHOD = ["patch_core", "-b", "resnet18", "-le", "layer2"]
@@ -297,6 +299,7 @@ def test_help_and_import_load_no_torch(run_command: RunCommand) -> None:
 import contextlib, io, json, sys
 import patchcore
 from patchcore.cli import load_and_evaluate_patchcore, make_demo_dataset, run_patchcore
+from patchcore.cli.grammar import announce
 for command in (run_patchcore, load_and_evaluate_patchcore, make_demo_dataset):
     for step in ["", *getattr(command, "commands", {})]:
         with contextlib.redirect_stdout(io.StringIO()) as shown, contextlib.suppress(SystemExit):
@@ -337,3 +340,11 @@ def test_an_interrupt_has_its_own_exit_code(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("patchcore.pipeline.train_and_evaluate", interrupt)
     finished = invoke(run_patchcore, "out", *METHOD, *SAMPLER, *DATASET)
     assert finished.code == 130 and finished.err.strip() == "error: interrupted"
+
+
+def test_a_terminal_that_knows_no_plus_minus_does_not_stop_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="koi8-r", errors="surrogateescape"))
+    announce("0.9 ± 0.1")
+    sys.stdout.flush()
+    assert written.getvalue() == rb"0.9 \xb1 0.1" + b"\n"

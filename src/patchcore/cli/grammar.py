@@ -70,9 +70,11 @@ def run_with_exit_code(call: Callable[[], Any]) -> None:
 
 
 def announce(line: str) -> None:
-    """Print a line for the user; a reader that has gone, as in `... | head`, does not stop the work."""
+    """Print a line for the user; neither a reader that has gone nor a terminal without ± stops the work."""
     try:
         click.echo(line)
+    except UnicodeEncodeError:
+        click.echo(line.encode("ascii", "backslashreplace").decode())
     except BrokenPipeError:
         _discard_output()
 
