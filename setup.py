@@ -30,7 +30,9 @@ setup(
     python_requires=">=3.10",
     package_dir={"": "src"},
     packages=find_packages("src"),
+    package_data={"patchcore.presets": ["*.json"]},
     install_requires=[
+        "FrEIA>=0.2",
         "click>=8.1",
         "matplotlib>=3.8",
         "numpy>=1.26",

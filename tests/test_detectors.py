@@ -15,10 +15,12 @@ import patchcore.methods  # noqa: F401  # fills the registry
 from patchcore.configs import (
     BackboneConfig,
     EnsembleConfig,
+    FastFlowConfig,
     PatchCoreConfig,
     PreprocessingConfig,
     SamplerConfig,
     SearchConfig,
+    TrainingConfig,
     TrainingSource,
 )
 from patchcore.detector import DETECTORS, AnomalyDetector, NotFittedError
@@ -37,6 +39,7 @@ PATCHCORE = PatchCoreConfig(
 # One small configuration for each method: a new entry of the registry needs one line here.
 EXAMPLES: dict[str, Any] = {
     "patchcore": PATCHCORE,
+    "fastflow": FastFlowConfig(PATCHCORE.backbone, flow_steps=2, training=TrainingConfig(epochs=5)),
     "ensemble": EnsembleConfig((PATCHCORE, replace(PATCHCORE, patchsize=5, seed=3))),
 }
 

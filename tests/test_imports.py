@@ -31,6 +31,7 @@ ALLOWED = {
     "prediction": {"methods", "storage"},
     "pipeline": {"class_run", "prediction", "methods", "datasets", "scoring", "evaluation", "storage", "tracking"},
     "comparison": {"storage", "evaluation"},
+    "presets": set(),
     "tracking": set(),
     "configs": set(),
     "config_json": set(),
@@ -39,6 +40,7 @@ ALLOWED = {
 }
 CLI_CALLBACKS_MAY_IMPORT = {"pipeline", "datasets", "comparison"}
 ONE_HOME = {
+    "FrEIA": "methods/normalizing_flow.py",
     "click": "cli/",
     "faiss": "memory/nearest_neighbours.py",
     "matplotlib": "evaluation/plots.py",

@@ -24,6 +24,10 @@ MAX_LIST_LENGTH = 250  # of the known names in a message, characters: three line
 MAX_SEED = 2**63 - 1  # what torch takes
 PATCH_SCORES = ("max", "mean", "topk")
 SCORE_NORMALIZATIONS = ("calibrated", "minmax")
+SCHEDULES = ("constant", "cosine", "one_cycle")
+MAP_MODES = ("nll", "prob", "weighted")
+IMAGE_SCORES = ("max", "mean", "topk")
+PRECISIONS = ("float32", "bfloat16")
 
 
 def near_matches(name: str, known: Iterable[str]) -> str:
@@ -58,6 +62,12 @@ def require_fraction(what: str, value: float) -> None:
     """Raise ConfigurationError unless `value` lies in (0, 1]."""
     if not (math.isfinite(value) and 0 < value <= 1):
         raise ConfigurationError(f"{what} is {value}, expected a share in (0, 1], for example 0.1 for 10 %")
+
+
+def require_positive(what: str, value: float) -> None:
+    """Raise ConfigurationError unless `value` is a finite number above 0."""
+    if not (math.isfinite(value) and value > 0):
+        raise ConfigurationError(f"{what} is {value}, expected a number above 0")
 
 
 @dataclass(frozen=True)
@@ -290,6 +300,80 @@ class EnsembleConfig:
                     f"members {first} and {second} of the ensemble would be the same model: give one of them another "
                     "backbone, other layers or, with a random or coreset sampler, another .seed-N"
                 )
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How a network is trained by gradients, with Adam.
+
+    Attributes:
+        epochs: Passes over the training images.
+        batch_size: Images per step.
+        lr: Highest learning rate of the schedule.
+        weight_decay: Decoupled decay of the weights per step, as a share of the learning rate; >= 0.
+        schedule: One of SCHEDULES.
+        grad_clip: Longest gradient, as a Euclidean norm; None leaves gradients as they are.
+        patience: Stop after so many epochs without a lower loss on held-out images, and keep the weights of the lowest;
+            None trains all epochs and keeps the last weights.
+    """
+
+    epochs: int = 50
+    batch_size: int = 8
+    lr: float = 1e-3
+    weight_decay: float = 1e-5
+    schedule: str = "one_cycle"
+    grad_clip: float | None = 1.0
+    patience: int | None = None
+
+    def __post_init__(self) -> None:
+        require_at_least("--epochs", self.epochs, 1)
+        require_at_least("training batch size", self.batch_size, 1, 65536)
+        require_positive("--lr", self.lr)
+        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
+            raise ConfigurationError(f"--weight_decay is {self.weight_decay}, expected a number of 0 or more")
+        require_choice("--schedule", self.schedule, SCHEDULES)
+        if self.grad_clip is not None:
+            require_positive("--grad_clip", self.grad_clip)
+        if self.patience is not None:
+            require_at_least("patience of early stopping", self.patience, 1)
+
+
+@dataclass(frozen=True)
+class FastFlowConfig:
+    """FastFlow (Yu et al., 2021): one normalizing flow per feature map of a frozen backbone.
+
+    Attributes:
+        backbone: Feature extractor and layers, each of which gets a flow.
+        flow_steps: Coupling steps per flow.
+        hidden_ratio: Hidden channels of a coupling network, as a multiple of its input channels.
+        conv3x3_only: Use 3x3 convolutions in every step; otherwise 3x3 and 1x1 in turn.
+        clamp: Largest logarithm of a coupling's scale.
+        training: Optimiser and epochs.
+        map_mode: How the flows' likelihoods become a map: one of MAP_MODES.
+        image_score: What of an image's map is its score: one of IMAGE_SCORES.
+        precision: Arithmetic of the coupling networks: "float32", or "bfloat16" where the hardware has it.
+        calibration_folds: Trainings that calibration repeats, each without a part of the images, >= 2.
+    """
+
+    backbone: BackboneConfig
+    flow_steps: int = 8
+    hidden_ratio: float = 1.0
+    conv3x3_only: bool = False
+    clamp: float = 2.0
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    map_mode: str = "nll"
+    image_score: str = "max"
+    precision: str = "float32"
+    calibration_folds: int = 3
+
+    def __post_init__(self) -> None:
+        require_at_least("--flow_steps", self.flow_steps, 1, 64)
+        require_positive("--hidden_ratio", self.hidden_ratio)
+        require_positive("--clamp", self.clamp)
+        require_choice("--map_mode", self.map_mode, MAP_MODES)
+        require_choice("--image_score", self.image_score, IMAGE_SCORES)
+        require_choice("precision", self.precision, PRECISIONS)
+        require_at_least("calibration folds", self.calibration_folds, 2)
 
 
 @dataclass(frozen=True)

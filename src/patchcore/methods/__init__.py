@@ -1,4 +1,5 @@
 """Detectors: one module per method. Importing this package enters all of them into the registry."""
 
 from patchcore.methods import ensemble as ensemble
+from patchcore.methods import fastflow as fastflow
 from patchcore.methods import patchcore as patchcore

@@ -1,0 +1,273 @@
+"""Normalizing flows on feature maps: the network of FastFlow, with its likelihood at every position."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from FrEIA.modules import AllInOneBlock
+from torch import nn
+
+from patchcore.configs import FastFlowConfig
+
+RELATIVE_STD_FLOOR = 0.1  # of the root mean square over channels; see FeatureFlow.standardise_by
+MIN_SPREAD_BITS = 1e-6  # a flow whose map is flat, as on equal images, is left in its own unit
+LOG_2 = math.log(2.0)
+
+
+class CouplingNet(nn.Sequential):
+    """Two convolutions that give scale and shift of one half of the channels from the other half.
+
+    The last convolution begins at zero, so that a new flow only permutes: the first loss is that of standard normal
+    features, at any depth (Kingma & Dhariwal, "Glow", NeurIPS 2018, section 3.3).
+
+    Args:
+        channels_in: Channels of the half that is read.
+        channels_out: Twice the channels of the half that is changed.
+        kernel: Side of both convolutions, 3 or 1.
+        config: Hidden channels and precision.
+    """
+
+    def __init__(self, channels_in: int, channels_out: int, kernel: int, config: FastFlowConfig) -> None:
+        hidden = max(1, round(config.hidden_ratio * channels_in))
+        super().__init__(
+            nn.Conv2d(channels_in, hidden, kernel, padding="same"),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(hidden, channels_out, kernel, padding="same"),
+        )
+        last = self[-1]
+        assert isinstance(last, nn.Conv2d) and last.bias is not None
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.in_bfloat16 = config.precision == "bfloat16"
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return [B, channels_out, H, W] of the type of `x`: only what lies within is of lower precision."""
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.in_bfloat16):
+            coefficients = super().forward(x)
+        return coefficients.to(x.dtype)
+
+
+class FlowStep(AllInOneBlock):
+    """FrEIA's coupling, global scale and permutation, with a log-determinant for each position.
+
+    The log-determinant of a step is a sum over positions, of the coupling's log-scales and of the global ones. FrEIA
+    returns the sum; a map of likelihoods needs its parts. The permutation is done by index: the product with a
+    permutation matrix, as FrEIA has it, costs as much as a 1x1 convolution of all channels, and the matrices may
+    take more memory than the weights.
+
+    Args:
+        shape: Channels, height and width of the feature map.
+        kernel: Side of the convolutions, 3 or 1.
+        config: Clamp, hidden channels and precision.
+    """
+
+    order: torch.Tensor
+
+    def __init__(self, shape: tuple[int, int, int], kernel: int, config: FastFlowConfig) -> None:
+        super().__init__(
+            [shape],
+            subnet_constructor=lambda i, o: CouplingNet(i, o, kernel, config),
+            affine_clamping=config.clamp,
+            permute_soft=False,
+        )
+        self.sum_dims = (1,)  # over channels alone: FrEIA gives [B, H, W] then
+        order = self.w_perm[:, :, 0, 0].argmax(dim=1)
+        del self.w_perm, self.w_perm_inv
+        self.register_buffer("order", order)  # [C]
+
+    def _permute(self, x: torch.Tensor, rev: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scale and permute, or undo both; the log-determinant is that of one position."""
+        scale = self.global_scale_activation(self.global_scale)
+        log_det = scale.log().sum() / x[0, 0].numel()  # FrEIA multiplies by the number of positions again
+        if rev:
+            return (x[:, self.order.argsort()] - self.global_offset) / scale, log_det
+        return (x * scale + self.global_offset)[:, self.order], log_det
+
+
+class FeatureFlow(nn.Module):
+    """An invertible network from one feature map to a standard normal variable of the same shape.
+
+    Args:
+        shape: Channels, height and width of the feature map.
+        config: Steps, kernels and all that a step needs.
+
+    Source: Yu et al., "FastFlow" (2021), section 3.2. Theirs normalises the features by a trainable LayerNorm before
+        the flow. Its gain is left out of the log-determinant, so that the likelihood grows without bound as the gain
+        falls; here the statistics of the training features take its place and are not trained.
+    """
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, shape: tuple[int, int, int], config: FastFlowConfig) -> None:
+        super().__init__()
+        self.shape = shape
+        channels = shape[0]
+        self.register_buffer("mean", torch.zeros(1, channels, 1, 1))
+        self.register_buffer("std", torch.ones(1, channels, 1, 1))
+        kernels = [3 if config.conv3x3_only or number % 2 == 0 else 1 for number in range(config.flow_steps)]
+        self.steps = nn.ModuleList([FlowStep(shape, kernel, config) for kernel in kernels])
+
+    def standardise_by(self, features: torch.Tensor) -> None:
+        """Take mean and standard deviation of each channel over images and positions of features [N, C, H, W].
+
+        A channel that hardly varies on normal images would turn a small deviation into a huge one, and one that does
+        not vary at all has a likelihood without bound. Channels are scaled by no less than a tenth of the typical
+        standard deviation.
+        """
+        mean = torch.stack([image.double().mean(dim=(1, 2)) for image in features]).mean(dim=0)  # [C]
+        centred = ((image.double() - mean[:, None, None]).square().mean(dim=(1, 2)) for image in features)
+        variance = torch.stack(list(centred)).mean(dim=0)  # [C]
+        floor = RELATIVE_STD_FLOOR * variance.mean().sqrt()
+        std = variance.sqrt().clamp(min=float(floor) or 1.0)
+        self.mean.copy_(mean.view_as(self.mean))
+        self.std.copy_(std.view_as(self.std))
+
+    def forward(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Transform features.
+
+        Args:
+            features: float [B, C, H, W].
+
+        Returns:
+            The latent variable [B, C, H, W], and the log-determinant with respect to the standardised features at
+            each position [B, H, W], in nats.
+        """
+        x = (features - self.mean) / self.std
+        log_det = x.new_zeros(x.shape[0], *x.shape[2:])  # [B, H, W]
+        for step in self.steps:
+            (x,), step_log_det = step((x,))
+            log_det = log_det + step_log_det
+        return x, log_det
+
+    def inverse(self, latent: torch.Tensor) -> torch.Tensor:
+        """Return the features [B, C, H, W] that `forward` maps to a latent variable."""
+        for step in list(self.steps)[::-1]:
+            (latent,), _ = step((latent,), rev=True)
+        return latent * self.std + self.mean
+
+
+def bits_per_dimension(latent: torch.Tensor, log_det: torch.Tensor) -> torch.Tensor:
+    """Return the negative log-likelihood of each position, divided by its channels, in bits.
+
+    Args:
+        latent: float [B, C, H, W].
+        log_det: float [B, H, W], nats.
+
+    Returns:
+        float [B, H, W]; the mean over positions is that of the image. 2.05 for standard normal features under the
+        identity.
+
+    Source: Yu et al. (2021), Eq. 3 and 4, by change of variables, per dimension as is usual for flows.
+    """
+    channels = latent.shape[1]
+    energy = 0.5 * (latent.square().sum(dim=1) + channels * math.log(2 * math.pi))  # [B, H, W]
+    return (energy - log_det) / (channels * LOG_2)
+
+
+def latent_bits(latent: torch.Tensor) -> torch.Tensor:
+    """Return the negative log-density of the latent variable [B, C, H, W] at each position, in bits per dimension."""
+    return (0.5 / LOG_2) * latent.square().mean(dim=1) + 0.5 * math.log2(2 * math.pi)  # [B, H, W]
+
+
+def mean_probability(latent: torch.Tensor) -> torch.Tensor:
+    """Return exp of the mean log-density over channels, up to its constant: [B, C, H, W] -> [B, H, W] in (0, 1].
+
+    Source: the maps of FastFlow, section 3.3 of Yu et al. (2021).
+    """
+    return torch.exp(-0.5 * latent.square().mean(dim=1))
+
+
+class FastFlowNet(nn.Module):
+    """One flow for each feature map.
+
+    Equal seeds give equal weights, and no global random state is changed.
+
+    Args:
+        shapes: Channels, height and width of each feature map.
+        config: Steps, kernels and all that a step needs.
+        seed: Gives permutations and weights.
+
+    Attributes:
+        spread: float32 [L], standard deviation of each flow's map on normal images; 1 before `measure_spread`.
+    """
+
+    spread: torch.Tensor
+
+    def __init__(self, shapes: Sequence[tuple[int, int, int]], config: FastFlowConfig, seed: int) -> None:
+        super().__init__()
+        with _seeded(seed):
+            self.flows = nn.ModuleList([FeatureFlow(shape, config) for shape in shapes])
+        self.register_buffer("spread", torch.ones(len(shapes)))
+        self.to(memory_format=torch.channels_last)
+
+    def standardise_by(self, features: Sequence[torch.Tensor]) -> None:
+        """Take the statistics of the training features [N, C, H, W] of each layer."""
+        for flow, feature_maps in zip(self.flows, features, strict=True):
+            assert isinstance(flow, FeatureFlow)
+            flow.standardise_by(feature_maps)
+
+    def forward(self, features: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Return what each flow makes of its feature map: latent variable and log-determinant."""
+        return [flow(feature_map) for flow, feature_map in zip(self.flows, features, strict=True)]
+
+    def mean_bits_per_dimension(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return the loss of training: negative log-likelihood per dimension, mean over images and flows, bits.
+
+        The flows share no weights. Per dimension, none of them has the clipping of gradients to itself because its
+        feature map is larger.
+        """
+        return torch.stack([bits_per_dimension(*given).mean() for given in self(features)]).mean()
+
+    @torch.no_grad()
+    def measure_spread(self, features: Sequence[torch.Tensor], batch_size: int) -> None:
+        """Learn the standard deviation of each flow's likelihoods over the positions of normal images."""
+        parts = zip(*(maps.split(batch_size) for maps in features), strict=True)
+        grids = [self._likelihoods([maps.to(self.spread.device) for maps in part]) for part in parts]
+        spread = [torch.cat([grid.flatten() for grid in of_flow]).std() for of_flow in zip(*grids, strict=True)]
+        self.spread.copy_(torch.stack(spread).clamp(min=MIN_SPREAD_BITS))
+
+    def _likelihoods(self, features: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        return [latent_bits(latent) for latent, _ in self(features)]
+
+    def anomaly_grid(self, features: Sequence[torch.Tensor], map_mode: str) -> torch.Tensor:
+        """Join what the flows say of each position.
+
+        Args:
+            features: [B, C, H, W] of each layer.
+            map_mode: "prob": negative mean over flows of the probability, as published. "nll": mean over flows of
+                the latent variable's bits per dimension. "weighted": the same, each flow's in standard deviations
+                over normal images, so that none drowns the others.
+
+        Returns:
+            float32 [B, h, w] on the finest of the grids, higher is more anomalous.
+        """
+        if map_mode == "prob":
+            grids = [-mean_probability(latent) for latent, _ in self(features)]
+        else:
+            grids = self._likelihoods(features)
+        if map_mode == "weighted":
+            grids = [grid / spread for grid, spread in zip(grids, self.spread, strict=True)]
+        finest = max((grid.shape[1:] for grid in grids), key=math.prod)
+        aligned = [
+            F.interpolate(grid[:, None], size=finest, mode="bilinear", align_corners=False)[:, 0] for grid in grids
+        ]
+        return torch.stack(aligned).mean(dim=0)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed torch and numpy, whose global generator FrEIA draws permutations from, for as long as the context lasts."""
+    before = np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)
+        try:
+            yield
+        finally:
+            np.random.set_state(before)

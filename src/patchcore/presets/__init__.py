@@ -1,0 +1,122 @@
+"""Hyperparameters per backbone and class, as data files that a researcher edits.
+
+`fastflow.json` holds {backbone: {class: settings}}; the class "default" stands for all that are not named. Each entry
+says in `source` where its values come from. A setting is a field of the method's configuration or of its training.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from patchcore.config_json import config_from_dict, config_to_dict
+from patchcore.configs import (
+    BackboneConfig,
+    FastFlowConfig,
+    TrainingConfig,
+    near_matches,
+)
+from patchcore.errors import ConfigurationError
+
+DEFAULT_CLASS = "default"
+SOURCES = ("inherited, chosen on test results", "ours")
+FASTFLOW_FILE = Path(__file__).with_name("fastflow.json")
+NO_SETTINGS = ("backbone", "training")  # fields that hold others, or that a preset is looked up by
+
+EXAMPLE = FastFlowConfig(BackboneConfig("any", ("any",)))
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Settings of one backbone and class.
+
+    Attributes:
+        backbone: Name of the backbone.
+        category: Class it was made for, or "default".
+        settings: Fields of the configuration or of its training, with their values.
+        source: Where the values come from: one of SOURCES.
+    """
+
+    backbone: str
+    category: str
+    settings: Mapping[str, Any]
+    source: str
+
+
+def fastflow_preset(backbone: str, category: str, file: Path = FASTFLOW_FILE) -> Preset:
+    """Return the preset of a class, or the backbone's default where the class has none of its own.
+
+    Raises:
+        ConfigurationError: The backbone has no presets, or the file is damaged.
+    """
+    presets = read_presets(file)
+    if backbone not in presets:
+        raise ConfigurationError(
+            f"no presets for backbone {backbone!r} ({near_matches(backbone, presets)}): leave --use_class_specific out"
+        )
+    of_backbone = presets[backbone]
+    if category not in of_backbone and DEFAULT_CLASS not in of_backbone:
+        raise ConfigurationError(
+            f"backbone {backbone!r} has neither a preset of class {category!r} nor a default one: add it to "
+            f"{file.name}, or leave --use_class_specific out"
+        )
+    return of_backbone.get(category) or of_backbone[DEFAULT_CLASS]
+
+
+def read_presets(file: Path) -> dict[str, dict[str, Preset]]:
+    """Read all presets of a file, by backbone and class.
+
+    Raises:
+        ConfigurationError: The file is missing or no JSON, or an entry holds an unknown name or a wrong value.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"presets {str(file)!r} cannot be read ({error}): mend or restore the file") from error
+    presets: dict[str, dict[str, Preset]] = {}
+    for backbone, classes in _object(content, file.name).items():
+        presets[backbone] = {}
+        for category, entry in _object(classes, f"{file.name}: {backbone}").items():
+            where = f"{file.name}: {backbone}.{category}"
+            settings = dict(_object(entry, where))
+            source = settings.pop("source", None)
+            if source not in SOURCES:
+                raise ConfigurationError(f"{where}: source is {source!r}, expected one of {', '.join(SOURCES)}")
+            with_settings(EXAMPLE, settings, where)  # finds unknown names and wrong values
+            presets[backbone][category] = Preset(backbone, category, settings, source)
+    return presets
+
+
+def _object(value: object, where: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ConfigurationError(f"{where}: found {type(value).__name__}, expected an object")
+    return value
+
+
+def with_settings(config: FastFlowConfig, settings: Mapping[str, Any], where: str = "settings") -> FastFlowConfig:
+    """Return a configuration with some fields replaced; the later of two calls wins.
+
+    Args:
+        config: What holds where `settings` says nothing.
+        settings: Fields of the configuration or of its training, by name.
+        where: Name of the settings, for messages.
+
+    Raises:
+        ConfigurationError: A name is unknown, or a value of another type or out of range.
+    """
+    training_names = {f.name for f in dataclasses.fields(TrainingConfig)}
+    own_names = {f.name for f in dataclasses.fields(config)} - set(NO_SETTINGS)
+    known = own_names | training_names
+    merged = config_to_dict(config)
+    for name, value in settings.items():
+        if name in own_names:
+            merged[name] = value
+        elif name in training_names:
+            merged["training"][name] = value
+        else:
+            raise ConfigurationError(f"{where}: unknown name {name!r}: {near_matches(name, known)}")
+    return config_from_dict(FastFlowConfig, merged, where)

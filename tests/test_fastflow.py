@@ -1,0 +1,249 @@
+"""FastFlow as a detector: what each option does, calibration, resuming, and bad input."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from patchcore.configs import BackboneConfig, FastFlowConfig, PreprocessingConfig, TrainingConfig, TrainingSource
+from patchcore.errors import ConfigurationError, DataError
+from patchcore.features.extractor import FeatureExtractor, build_extractor
+from patchcore.methods.fastflow import FastFlow
+from patchcore.methods.normalizing_flow import latent_bits, mean_probability
+from patchcore.methods.training import EpochRecord, Training
+from patchcore.scoring.calibration import THRESHOLD_STDS
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SIDE = 64
+PREPROCESSING = PreprocessingConfig(SIDE, SIDE)
+BACKBONE = BackboneConfig("efficientnet_lite0", ("blocks.1", "blocks.2"), weights="random")
+CONFIG = FastFlowConfig(BACKBONE, flow_steps=2, training=TrainingConfig(epochs=3, batch_size=4, lr=1e-2))
+
+
+class Batches:
+    """Images in memory, in batches of three."""
+
+    def __init__(self, images: torch.Tensor) -> None:
+        self.images = images
+        self.num_images = len(images)
+
+    def __len__(self) -> int:
+        return -(-len(self.images) // 3)
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        for images in self.images.split(3):
+            yield {"image": images}
+
+
+def random_images(count: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(90, 160, (count, 3, SIDE, SIDE), dtype=torch.uint8, generator=generator)
+
+
+TRAIN, TEST = random_images(7, 0), random_images(4, 1)
+
+
+@pytest.fixture(scope="module")
+def extractor() -> FeatureExtractor:
+    return build_extractor(BACKBONE, SIDE)
+
+
+def build(extractor: FeatureExtractor, config: FastFlowConfig = CONFIG, seed: int = 0, category: str = "p") -> FastFlow:
+    return FastFlow(config, extractor, PREPROCESSING, TrainingSource("mpdd", category, seed))
+
+
+def fitted(extractor: FeatureExtractor, config: FastFlowConfig = CONFIG, **changes: Any) -> FastFlow:
+    return build(extractor, config, **changes).fit(Batches(TRAIN))
+
+
+@pytest.fixture(scope="module")
+def model(extractor: FeatureExtractor) -> FastFlow:
+    return fitted(extractor)
+
+
+# ---------------------------------------------------------------- scores and maps
+
+
+@pytest.mark.parametrize("map_mode", ["prob", "nll", "weighted"])
+@pytest.mark.parametrize("image_score", ["max", "mean", "topk"])
+def test_scores_and_maps_against_a_plain_formulation(
+    map_mode: str, image_score: str, extractor: FeatureExtractor, model: FastFlow
+) -> None:
+    scorer = build(extractor, replace(CONFIG, map_mode=map_mode, image_score=image_score))
+    scorer.restore(model.tensors())
+    prediction = scorer.predict(TEST)
+    maps = extractor(TEST)
+    grids = []
+    flows = scorer._require_fitted()
+    with torch.no_grad():
+        for flow, spread, layer in zip(flows.flows, flows.spread, BACKBONE.layers, strict=True):
+            latent, _ = flow(maps[layer])
+            grid = -mean_probability(latent) if map_mode == "prob" else latent_bits(latent)
+            grid = grid / spread if map_mode == "weighted" else grid
+            grids.append(F.interpolate(grid[:, None], size=16, mode="bilinear", align_corners=False))  # [B, 1, 16, 16]
+    joined = sum(grids) / 2
+    assert isinstance(joined, torch.Tensor)
+    flat = joined.flatten(1)
+    expected = {
+        "max": flat.amax(dim=1),
+        "mean": flat.mean(dim=1),
+        "topk": flat.sort(dim=1).values[:, -3:].mean(dim=1),  # one percent of 256, rounded up
+    }
+    np.testing.assert_allclose(prediction.scores, expected[image_score].numpy(), rtol=1e-5)
+    assert prediction.maps is not None and prediction.maps.shape == (4, SIDE, SIDE)
+    upsampled = F.interpolate(joined, size=SIDE, mode="bilinear", align_corners=False)[:, 0]
+    np.testing.assert_allclose(prediction.maps, upsampled.numpy(), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"flow_steps": 3},
+        {"hidden_ratio": 0.5},
+        {"conv3x3_only": True},
+        {"clamp": 0.05},
+        {"precision": "bfloat16"},
+        {"map_mode": "prob"},
+        {"map_mode": "weighted"},
+        {"image_score": "mean"},
+        {"image_score": "topk"},
+        {"training": replace(CONFIG.training, epochs=4)},
+        {"backbone": replace(BACKBONE, layers=("blocks.1",))},
+    ],
+    ids=str,
+)
+def test_every_option_changes_the_scores(change: dict[str, Any], model: FastFlow) -> None:
+    config = replace(CONFIG, **change)
+    other = fitted(build_extractor(config.backbone, SIDE), config)
+    assert not np.allclose(other.predict(TEST).scores, model.predict(TEST).scores, rtol=1e-6)
+
+
+def test_seed_and_class_change_the_model_and_nothing_else_does(extractor: FeatureExtractor, model: FastFlow) -> None:
+    scores = model.predict(TEST).scores
+    assert np.array_equal(fitted(extractor).predict(TEST).scores, scores)
+    assert not np.allclose(fitted(extractor, seed=1).predict(TEST).scores, scores)
+    assert not np.allclose(fitted(extractor, category="q").predict(TEST).scores, scores)
+
+
+def test_the_order_of_layers_changes_nothing_but_the_random_numbers(extractor: FeatureExtractor) -> None:
+    config = replace(CONFIG, backbone=replace(BACKBONE, layers=BACKBONE.layers[::-1]))
+    prediction = fitted(build_extractor(config.backbone, SIDE), config).predict(TEST)
+    assert prediction.maps is not None and prediction.maps.shape == (4, SIDE, SIDE)
+
+
+# ---------------------------------------------------------------- training
+
+
+def test_history_and_callback(extractor: FeatureExtractor, model: FastFlow) -> None:
+    seen: list[tuple[int, float]] = []
+    detector = build(extractor)
+
+    def measure(training: Training, record: EpochRecord) -> None:
+        seen.append((record.epoch, float(detector.predict(TEST).scores[0])))  # as --eval_every does
+
+    detector.after_epoch = measure
+    detector.fit(Batches(TRAIN))
+    assert [epoch for epoch, _ in seen] == [r.epoch for r in detector.history_] == [1, 2, 3]
+    assert len({score for _, score in seen}) == 3
+    assert seen[-1][1] == detector.predict(TEST).scores[0], "the last epoch is the model"
+    assert np.array_equal(detector.predict(TEST).scores, model.predict(TEST).scores), "measuring selects nothing"
+    assert detector.history_[-1].loss < detector.history_[0].loss
+
+
+def test_resumed_model_is_the_uninterrupted_one(extractor: FeatureExtractor, model: FastFlow) -> None:
+    states: dict[int, dict[str, Any]] = {}
+    first = build(extractor)
+    first.after_epoch = lambda training, record: states.update({record.epoch: training.state_dict()})
+    first.fit(Batches(TRAIN))
+
+    second = build(extractor)
+    second.before_training = lambda training: training.load_state_dict(states[1])
+    second.fit(Batches(TRAIN))
+    assert [r.epoch for r in second.history_] == [1, 2, 3]
+    expected, resumed = model.tensors(), second.tensors()
+    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
+
+
+def test_early_stopping_on_held_out_images(extractor: FeatureExtractor) -> None:
+    training = replace(CONFIG.training, epochs=30, lr=5e-2, patience=1)
+    detector = build(extractor, replace(CONFIG, training=training))
+    detector.fit(Batches(TRAIN), held_out=Batches(random_images(3, 9) // 2))
+    losses = [r.held_out_loss for r in detector.history_]
+    assert None not in losses and len(losses) < 30
+    with pytest.raises(ConfigurationError, match="early stopping watches held-out images, found none"):
+        build(extractor, replace(CONFIG, training=training)).fit(Batches(TRAIN))
+    calibration = detector.out_of_fold_calibration()
+    assert calibration is not None, "folds train for as many epochs, and need no held-out images of their own"
+
+
+def test_divergence_names_class_epoch_and_remedy(extractor: FeatureExtractor) -> None:
+    config = replace(CONFIG, training=TrainingConfig(20, 4, 1e6, 0.0, "constant", None))
+    detector = build(extractor, config)
+    with pytest.raises(DataError, match=r"^p: flows: training diverged in epoch \d+ of 20 .*: use a smaller --lr"):
+        detector.fit(Batches(TRAIN))
+
+
+def test_no_image_is_refused_and_one_is_enough(extractor: FeatureExtractor) -> None:
+    with pytest.raises(DataError, match="no training images, expected at least one"):
+        build(extractor).fit(Batches(TRAIN[:0]))
+    detector = build(extractor).fit(Batches(TRAIN[:1]))
+    assert detector.out_of_fold_calibration() is None
+    assert np.isfinite(detector.predict(TEST).scores).all()
+
+
+def test_equal_images_give_finite_scores(extractor: FeatureExtractor) -> None:
+    flat = torch.full((5, 3, SIDE, SIDE), 128, dtype=torch.uint8)
+    detector = build(extractor, replace(CONFIG, map_mode="weighted")).fit(Batches(flat))
+    assert np.isfinite(detector.predict(torch.cat([flat[:2], TEST])).scores).all()
+
+
+# ---------------------------------------------------------------- calibration
+
+
+def test_calibration_scores_each_image_by_flows_trained_without_it(extractor: FeatureExtractor) -> None:
+    """An outlier among the training images is far more anomalous to a model that has not seen it."""
+    images = TRAIN.clone()
+    images[2, 0, 10:50, 10:50] = 255
+    config = replace(CONFIG, training=replace(CONFIG.training, epochs=10))
+    detector = build(extractor, config).fit(Batches(images))
+    calibration = detector.out_of_fold_calibration()
+    assert calibration is not None and calibration.pixel is not None and calibration.map_maxima is not None
+    assert calibration.num_folds == 3
+    out_of_fold = np.array(calibration.image_scores)
+    in_sample = detector.predict(images).scores
+    assert out_of_fold.argmax() == 2, "scores are in the order of the images"
+    assert out_of_fold[2] - in_sample[2] > 5 * np.median(out_of_fold - in_sample)
+    assert calibration.image.threshold == pytest.approx(out_of_fold.mean() + THRESHOLD_STDS * out_of_fold.std(ddof=1))
+
+
+def test_number_of_calibration_folds(extractor: FeatureExtractor) -> None:
+    def calibrated(folds: int) -> Any:
+        return fitted(extractor, replace(CONFIG, calibration_folds=folds)).out_of_fold_calibration()
+
+    two, many = calibrated(2), calibrated(50)
+    assert (two.num_folds, many.num_folds) == (2, len(TRAIN))
+    assert two.image_scores != many.image_scores
+    assert len(two.image_scores) == len(many.image_scores) == len(TRAIN)
+
+
+def test_calibration_leaves_the_model_alone(extractor: FeatureExtractor, model: FastFlow) -> None:
+    detector = fitted(extractor)
+    detector.out_of_fold_calibration()
+    assert np.array_equal(detector.predict(TEST).scores, model.predict(TEST).scores)
+
+
+# ---------------------------------------------------------------- stored models
+
+
+def test_misfitting_tensors_are_named(extractor: FeatureExtractor, model: FastFlow) -> None:
+    with pytest.raises(ConfigurationError, match=r"flows\.0\.steps\.2\.global_scale is missing"):
+        build(extractor, replace(CONFIG, flow_steps=3)).restore(model.tensors())
+    with pytest.raises(ConfigurationError, match=r"subnet\.0\.weight is \[\d+, .*\] instead of \["):
+        build(extractor, replace(CONFIG, hidden_ratio=0.5)).restore(model.tensors())
