@@ -52,7 +52,7 @@ EXAMPLES: list[Any] = [
     TrainingConfig(),
     TrainingConfig(3, 4, 1e-2, 0.0, "cosine", None, 2),
     FastFlowConfig(BACKBONE),
-    FastFlowConfig(BACKBONE, 4, 0.5, True, 1.9, TrainingConfig(2), "weighted", "topk", "bfloat16", 5),
+    FastFlowConfig(BACKBONE, 4, 0.5, True, 1.9, 0.1, TrainingConfig(2), "weighted", "topk", "bfloat16", 5),
     SearchConfig(),
     SearchConfig(True, 2),
     RuntimeConfig(),

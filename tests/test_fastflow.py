@@ -109,6 +109,7 @@ def test_scores_and_maps_against_a_plain_formulation(
         {"hidden_ratio": 0.5},
         {"conv3x3_only": True},
         {"clamp": 0.05},
+        {"feature_noise": 0.2},
         {"precision": "bfloat16"},
         {"map_mode": "prob"},
         {"map_mode": "weighted"},

@@ -220,6 +220,37 @@ def test_a_channel_that_never_varies_is_not_blown_up() -> None:
 # ---------------------------------------------------------------- options of the network
 
 
+def test_noise_bounds_the_likelihood_of_features_on_a_line() -> None:
+    """Channel 1 is channel 0: the density has no bound, but with noise of 0.2 it has.
+
+    Per pair of channels and in units of their standard deviation the noisy features have the variances 2 + 0.04 along
+    the line and 0.04 across it; no flow can give more than their entropy, which the noiseless one passes at once.
+    """
+    x = features(16, (2, 4, 4))
+    x = x[:, :1].expand(-1, 2, -1, -1).contiguous()
+
+    def final_loss(noise: float) -> float:
+        net = FastFlowNet([(2, 4, 4)], replace(CONFIG, feature_noise=noise, conv3x3_only=True), seed=0)
+        net.standardise_by([x])
+        history = Training(net, net.mean_bits_per_dimension, TrainingConfig(120, 16, 3e-2), 0, "x").run([x])
+        return history[-1].loss
+
+    entropy = 0.25 * math.log2((2 * math.pi * math.e) ** 2 * 2.04 * 0.04)
+    with_noise, without = final_loss(0.2), final_loss(0.0)
+    assert with_noise > entropy - 0.2 > without
+
+
+def test_noise_is_for_training_alone() -> None:
+    net = new_net(replace(CONFIG, feature_noise=0.2))
+    x = [features()]
+    training = net.train().mean_bits_per_dimension(x)
+    assert not torch.equal(training, net.mean_bits_per_dimension(x))
+    evaluation = net.eval().mean_bits_per_dimension(x)
+    assert torch.equal(evaluation, net.mean_bits_per_dimension(x))
+    # the noise adds its own variance to that of standard normal features
+    assert float((training - evaluation).detach()) == pytest.approx(0.5 * 0.04 / math.log(2), abs=0.02)
+
+
 def test_kernels_take_turns_or_are_all_of_side_three() -> None:
     def kernels(config: FastFlowConfig) -> list[int]:
         return [m.kernel_size[0] for m in FeatureFlow(SHAPE, config).modules() if isinstance(m, nn.Conv2d)]

@@ -70,6 +70,12 @@ def require_positive(what: str, value: float) -> None:
         raise ConfigurationError(f"{what} is {value}, expected a number above 0")
 
 
+def require_not_negative(what: str, value: float) -> None:
+    """Raise ConfigurationError unless `value` is a finite number, 0 or more."""
+    if not (math.isfinite(value) and value >= 0):
+        raise ConfigurationError(f"{what} is {value}, expected a number of 0 or more")
+
+
 @dataclass(frozen=True)
 class PreprocessingConfig:
     """From an image file to the square that a detector sees.
@@ -329,8 +335,7 @@ class TrainingConfig:
         require_at_least("--epochs", self.epochs, 1)
         require_at_least("training batch size", self.batch_size, 1, 65536)
         require_positive("--lr", self.lr)
-        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
-            raise ConfigurationError(f"--weight_decay is {self.weight_decay}, expected a number of 0 or more")
+        require_not_negative("--weight_decay", self.weight_decay)
         require_choice("--schedule", self.schedule, SCHEDULES)
         if self.grad_clip is not None:
             require_positive("--grad_clip", self.grad_clip)
@@ -348,6 +353,7 @@ class FastFlowConfig:
         hidden_ratio: Hidden channels of a coupling network, as a multiple of its input channels.
         conv3x3_only: Use 3x3 convolutions in every step; otherwise 3x3 and 1x1 in turn.
         clamp: Largest logarithm of a coupling's scale.
+        feature_noise: Standard deviation of the Gaussian noise on the standardised features while a flow is trained.
         training: Optimiser and epochs.
         map_mode: How the flows' likelihoods become a map: one of MAP_MODES.
         image_score: What of an image's map is its score: one of IMAGE_SCORES.
@@ -360,6 +366,7 @@ class FastFlowConfig:
     hidden_ratio: float = 1.0
     conv3x3_only: bool = False
     clamp: float = 2.0
+    feature_noise: float = 0.0
     training: TrainingConfig = field(default_factory=TrainingConfig)
     map_mode: str = "nll"
     image_score: str = "max"
@@ -370,6 +377,7 @@ class FastFlowConfig:
         require_at_least("--flow_steps", self.flow_steps, 1, 64)
         require_positive("--hidden_ratio", self.hidden_ratio)
         require_positive("--clamp", self.clamp)
+        require_not_negative("feature noise", self.feature_noise)
         require_choice("--map_mode", self.map_mode, MAP_MODES)
         require_choice("--image_score", self.image_score, IMAGE_SCORES)
         require_choice("precision", self.precision, PRECISIONS)

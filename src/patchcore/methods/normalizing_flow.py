@@ -203,6 +203,7 @@ class FastFlowNet(nn.Module):
         super().__init__()
         with _seeded(seed):
             self.flows = nn.ModuleList([FeatureFlow(shape, config) for shape in shapes])
+        self.noise = config.feature_noise
         self.register_buffer("spread", torch.ones(len(shapes)))
         self.to(memory_format=torch.channels_last)
 
@@ -220,9 +221,17 @@ class FastFlowNet(nn.Module):
         """Return the loss of training: negative log-likelihood per dimension, mean over images and flows, bits.
 
         The flows share no weights. Per dimension, none of them has the clipping of gradients to itself because its
-        feature map is larger.
+        feature map is larger. While training, noise keeps the density from rising without bound where the features
+        of few images lie on a line or a point; it is to real values what dequantisation is to whole ones (Ho et al.,
+        "Flow++", ICML 2019).
         """
+        if self.training and self.noise > 0:
+            features = [self._with_noise(flow, maps) for flow, maps in zip(self.flows, features, strict=True)]
         return torch.stack([bits_per_dimension(*given).mean() for given in self(features)]).mean()
+
+    def _with_noise(self, flow: nn.Module, features: torch.Tensor) -> torch.Tensor:
+        assert isinstance(flow, FeatureFlow)
+        return torch.addcmul(features, torch.randn_like(features), flow.std, value=self.noise)
 
     @torch.no_grad()
     def measure_spread(self, features: Sequence[torch.Tensor], batch_size: int) -> None:
