@@ -171,7 +171,12 @@ def bits_per_dimension(latent: torch.Tensor, log_det: torch.Tensor) -> torch.Ten
 
 
 def latent_bits(latent: torch.Tensor) -> torch.Tensor:
-    """Return the negative log-density of the latent variable [B, C, H, W] at each position, in bits per dimension."""
+    """Return the negative log-density of the latent variable [B, C, H, W] at each position, in bits per dimension.
+
+    Maps are made of it rather than of `bits_per_dimension`, as published. The density of the features has the
+    log-determinant too, but follows how complex their neighbourhood is (Serra et al., "Input Complexity and
+    Out-of-Distribution Detection", ICLR 2020): smooth defects would look normal, rich texture anomalous.
+    """
     return (0.5 / LOG_2) * latent.square().mean(dim=1) + 0.5 * math.log2(2 * math.pi)  # [B, H, W]
 
 
@@ -250,8 +255,9 @@ class FastFlowNet(nn.Module):
         Args:
             features: [B, C, H, W] of each layer.
             map_mode: "prob": negative mean over flows of the probability, as published. "nll": mean over flows of
-                the latent variable's bits per dimension. "weighted": the same, each flow's in standard deviations
-                over normal images, so that none drowns the others.
+                the latent variable's bits per dimension, which unlike the probability tells apart how far beyond
+                normal a place lies. "weighted": the same, each flow's in standard deviations over normal images, so
+                that none drowns the others.
 
         Returns:
             float32 [B, h, w] on the finest of the grids, higher is more anomalous.
@@ -274,7 +280,7 @@ def _seeded(seed: int) -> Iterator[None]:
     """Seed torch and numpy, whose global generator FrEIA draws permutations from, for as long as the context lasts."""
     before = np.random.get_state()
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every GPU as well
         np.random.seed(seed % 2**32)
         try:
             yield
