@@ -30,8 +30,8 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """Collects the arguments that the command hands to the pipeline, which does not run."""
     calls: list[tuple[Any, ...]] = []
 
-    def record(method: str, config: Any, run: Any, dataset: Any, search: Any, announce: Any) -> bool:
-        calls.append((method, config, run, dataset, search))
+    def record(method: str, config_of: Any, run: Any, dataset: Any, search: Any, announce: Any) -> bool:
+        calls.append((method, config_of("plate"), run, dataset, search))
         return True
 
     monkeypatch.setattr("patchcore.pipeline.train_and_evaluate", record)

@@ -63,7 +63,7 @@ def test_add_a_method(tmp_path: Path) -> None:
     dataset = DatasetConfig("mpdd", str(tmp_path / "data"), num_workers=0, preprocessing=PreprocessingConfig(64, 64))
     run = RunConfig(str(tmp_path / "results"), runtime=RuntimeConfig(device="cpu"))
     lines: list[str] = []
-    assert train_and_evaluate("mean_colour", config, run, dataset, SearchConfig(), lines.append)
+    assert train_and_evaluate("mean_colour", lambda _: config, run, dataset, SearchConfig(), lines.append)
     results = (tmp_path / "results" / "project" / "group" / "results.csv").read_text(encoding="utf-8").splitlines()
     header, row = results[0].split(","), results[1].split(",")
     cells = dict(zip(header, row, strict=True))

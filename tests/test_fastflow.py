@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 
 from patchcore.configs import BackboneConfig, FastFlowConfig, PreprocessingConfig, TrainingConfig, TrainingSource
+from patchcore.detector import TrainingPlan
 from patchcore.errors import ConfigurationError, DataError
 from patchcore.features.extractor import FeatureExtractor, build_extractor
 from patchcore.methods.fastflow import FastFlow
 from patchcore.methods.normalizing_flow import latent_bits, mean_probability
-from patchcore.methods.training import EpochRecord, Training
 from patchcore.scoring.calibration import THRESHOLD_STDS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -146,10 +146,10 @@ def test_history_and_callback(extractor: FeatureExtractor, model: FastFlow) -> N
     seen: list[tuple[int, float]] = []
     detector = build(extractor)
 
-    def measure(training: Training, record: EpochRecord) -> None:
-        seen.append((record.epoch, float(detector.predict(TEST).scores[0])))  # as --eval_every does
+    def measure(epoch: int, state: Any) -> None:
+        seen.append((epoch, float(detector.predict(TEST).scores[0])))  # as --eval_every does
 
-    detector.after_epoch = measure
+    detector.plan = TrainingPlan(after_epoch=measure)
     detector.fit(Batches(TRAIN))
     assert [epoch for epoch, _ in seen] == [r.epoch for r in detector.history_] == [1, 2, 3]
     assert len({score for _, score in seen}) == 3
@@ -161,11 +161,11 @@ def test_history_and_callback(extractor: FeatureExtractor, model: FastFlow) -> N
 def test_resumed_model_is_the_uninterrupted_one(extractor: FeatureExtractor, model: FastFlow) -> None:
     states: dict[int, dict[str, Any]] = {}
     first = build(extractor)
-    first.after_epoch = lambda training, record: states.update({record.epoch: training.state_dict()})
+    first.plan = TrainingPlan(after_epoch=lambda epoch, state: states.update({epoch: state()}))
     first.fit(Batches(TRAIN))
 
     second = build(extractor)
-    second.before_training = lambda training: training.load_state_dict(states[1])
+    second.plan = TrainingPlan(resume_from=states[1])
     second.fit(Batches(TRAIN))
     assert [r.epoch for r in second.history_] == [1, 2, 3]
     expected, resumed = model.tensors(), second.tensors()
@@ -175,7 +175,8 @@ def test_resumed_model_is_the_uninterrupted_one(extractor: FeatureExtractor, mod
 def test_early_stopping_on_held_out_images(extractor: FeatureExtractor) -> None:
     training = replace(CONFIG.training, epochs=30, lr=5e-2, patience=1)
     detector = build(extractor, replace(CONFIG, training=training))
-    detector.fit(Batches(TRAIN), held_out=Batches(random_images(3, 9) // 2))
+    detector.plan = TrainingPlan(held_out=Batches(random_images(3, 9) // 2))
+    detector.fit(Batches(TRAIN))
     losses = [r.held_out_loss for r in detector.history_]
     assert None not in losses and len(losses) < 30
     with pytest.raises(ConfigurationError, match="early stopping watches held-out images, found none"):

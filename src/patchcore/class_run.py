@@ -4,33 +4,43 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from patchcore.configs import DatasetConfig, OutputConfig, TrainingSource
+from patchcore.configs import DatasetConfig, EpochConfig, OutputConfig, TrainingSource
 from patchcore.datasets.images import crop_labels, place
 from patchcore.datasets.inspection import GOOD, DatasetSplit, InspectionDataset
 from patchcore.datasets.loader import ImageLoader
 from patchcore.datasets.registry import dataset_class
-from patchcore.detector import AnomalyDetector, DetectorBuilder
+from patchcore.detector import AnomalyDetector, DetectorBuilder, TrainingArtifacts, TrainingPlan
 from patchcore.errors import DataError
 from patchcore.evaluation.metrics import label_regions
-from patchcore.evaluation.plots import Caption, HeatScale, picture_names, png_bytes, segmentation_picture
+from patchcore.evaluation.plots import (
+    Caption,
+    HeatScale,
+    picture_names,
+    png_bytes,
+    segmentation_picture,
+    training_picture,
+)
 from patchcore.evaluation.summary import class_metrics, defect_metrics
 from patchcore.runtime import peak_memory_megabytes, progress, reset_peak_memory
 from patchcore.scoring.calibration import Calibration, MapStatistics, calibrate
 from patchcore.storage import run_folder
-from patchcore.storage.files import write_bytes
+from patchcore.storage.files import write_bytes, write_csv
 from patchcore.storage.run_folder import ClassResult
+from patchcore.storage.torch_export import read_state, state_bytes
 
 LOGGER = logging.getLogger(__name__)
 
 LATENCY_IMAGES = 20
 LATENCY_WARMUP = 2
+EPOCH_METRICS = ("instance_auroc", "full_pixel_auroc")
 SCALE_HEADROOM = 1.5  # the threshold lies at two thirds of the colour scale: defects beyond it still differ
 
 
@@ -42,6 +52,7 @@ class ClassTask:
     dataset: DatasetConfig
     outputs: OutputConfig
     device: torch.device
+    epochs: EpochConfig = field(default_factory=EpochConfig)
 
     def row_name(self, category: str) -> str:
         return f"{self.dataset.name}_{category}"
@@ -58,21 +69,27 @@ class _TestResult:
     timings: dict[str, float | int | None]
 
 
-def train_class(task: ClassTask, category: str, seed: int, builder: DetectorBuilder, calibration: str) -> ClassResult:
+def train_class(
+    task: ClassTask, category: str, seed: int, builders: Mapping[str, DetectorBuilder], calibration: str
+) -> ClassResult:
     """Train, calibrate and evaluate one class, and write its files."""
     reset_peak_memory()
     train, held_out, test = (open_dataset(task.dataset, category, split, seed) for split in DatasetSplit)
     for part in (train, held_out, test) if calibration == "split" else (train, test):
         part.check_files()
-    detector = builder(TrainingSource(task.dataset.name, category, seed), task.device)
+    detector = builders[category](TrainingSource(task.dataset.name, category, seed), task.device)
+    detector.plan = _training_plan(task, category, detector, held_out, test)
     started = time.perf_counter()
     detector.fit(_loader(task, train))
     trained = time.perf_counter()
     detector.calibration_ = _calibrate(detector, calibration, held_out, task)
     detector.release_training_data()
     calibrated = time.perf_counter()
+    artifacts = detector.training_artifacts(task.folder.name)
+    _write_history(task.folder / "training" / task.row_name(category), category, artifacts)
     if task.outputs.models:
-        detector.save(task.folder / "models" / task.row_name(category))
+        detector.save(task.folder / "models" / task.row_name(category), artifacts.exports)
+    _checkpoint(task, category).unlink(missing_ok=True)
     LOGGER.debug(
         "%s: %d training images, %s", category, len(train), detector.calibration_ and detector.calibration_.image
     )
@@ -82,6 +99,55 @@ def train_class(task: ClassTask, category: str, seed: int, builder: DetectorBuil
         "calibration_seconds": calibrated - trained,
     }
     return evaluate_class(task, category, detector, test, timings)
+
+
+def _checkpoint(task: ClassTask, category: str) -> Path:
+    return task.folder / "checkpoints" / f"{task.row_name(category)}.pt"
+
+
+def _training_plan(
+    task: ClassTask,
+    category: str,
+    detector: AnomalyDetector,
+    held_out: InspectionDataset,
+    test: InspectionDataset,
+) -> TrainingPlan:
+    """Return what surrounds the epochs of a class: held-out images, checkpoints, numbers that select nothing."""
+    path = _checkpoint(task, category)
+    every = task.epochs
+
+    def after_epoch(epoch: int, state: Callable[[], dict[str, Any]]) -> None:
+        if every.checkpoint_every is not None and epoch % every.checkpoint_every == 0:
+            write_bytes(path, state_bytes(state()))
+        if every.eval_every is not None and epoch % every.eval_every == 0:
+            _announce_epoch(task, epoch, detector, test)
+
+    if path.exists():
+        LOGGER.info("%s: resumes from %s", category, path)
+    return TrainingPlan(
+        held_out=_loader(task, held_out) if len(held_out) else None,
+        resume_from=read_state(path) if path.exists() else None,
+        after_epoch=after_epoch if every != EpochConfig(None, None) else None,
+    )
+
+
+def _announce_epoch(task: ClassTask, epoch: int, detector: AnomalyDetector, test: InspectionDataset) -> None:
+    """Log the test metrics of an epoch, marked as what they are."""
+    result = _predict(detector, _loader(task, test), keep_images=False)
+    labels = np.array([r.is_anomalous for r in test.records])
+    metrics = class_metrics(result.scores, labels, result.maps, result.masks, None)
+    shown = ", ".join(f"{name} {metrics[name]:.4f}" for name in EPOCH_METRICS if metrics[name] is not None)
+    LOGGER.info("%s: epoch %d on TEST images, which select nothing: %s", test.category, epoch, shown or "no metrics")
+
+
+def _write_history(folder: Path, category: str, artifacts: TrainingArtifacts) -> None:
+    """Write the table and the curve of a training in epochs."""
+    if not artifacts.history:
+        return
+    columns = list(artifacts.history[0])
+    rows = [[run_folder.format_number(row[name]) for name in columns] for row in artifacts.history]
+    write_csv(folder / "training_log.csv", columns, rows)
+    write_bytes(folder / "training_curve.png", png_bytes(training_picture(artifacts.history, category)))
 
 
 def outputs_exist(task: ClassTask, row_name: str) -> bool:

@@ -469,6 +469,25 @@ class TrackingConfig:
 
 
 @dataclass(frozen=True)
+class EpochConfig:
+    """What a run does between the epochs of a training; none of it changes the model.
+
+    Attributes:
+        eval_every: Show test metrics after every so many epochs; None never does.
+        checkpoint_every: Write a checkpoint after every so many epochs, from which a killed run goes on; None never
+            does.
+    """
+
+    eval_every: int | None = None
+    checkpoint_every: int | None = None
+
+    def __post_init__(self) -> None:
+        for option, value in (("--eval_every", self.eval_every), ("--checkpoint_every", self.checkpoint_every)):
+            if value is not None:
+                require_at_least(option, value, 1)
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """Where a run writes, with which seeds, and what.
 
@@ -482,6 +501,7 @@ class RunConfig:
         skip_existing: Reuse exactly the named run folder and do only what is missing.
         runtime: Device and threads.
         tracking: Experiment trackers.
+        epochs: What happens between the epochs of a training.
     """
 
     results_path: str
@@ -493,6 +513,7 @@ class RunConfig:
     skip_existing: bool = False
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    epochs: EpochConfig = field(default_factory=EpochConfig)
 
     def __post_init__(self) -> None:
         require_choice("calibration", self.calibration, CALIBRATION_METHODS)

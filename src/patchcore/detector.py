@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -19,6 +19,7 @@ from patchcore.configs import PreprocessingConfig, SearchConfig, TrainingSource
 from patchcore.errors import ConfigurationError
 from patchcore.scoring.calibration import Calibration
 from patchcore.storage.model_folder import FORMAT_VERSION, ModelHeader, write_model_folder
+from patchcore.storage.torch_export import torch_export_bytes
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,38 @@ class ImageBatches(Protocol):
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]: ...
 
 
+AfterEpoch = Callable[[int, Callable[[], dict[str, Any]]], None]
+"""Number of the epoch, from 1, and what returns the state to resume from; whatever it measures selects nothing."""
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """What a run adds to a training in epochs; methods without epochs do not look at it.
+
+    Attributes:
+        held_out: Normal images that are kept from the gradients.
+        resume_from: State of an interrupted training of the same configuration and images.
+        after_epoch: Called after each epoch; the detector predicts then.
+    """
+
+    held_out: ImageBatches | None = None
+    resume_from: Mapping[str, Any] | None = None
+    after_epoch: AfterEpoch | None = None
+
+
+@dataclass(frozen=True)
+class TrainingArtifacts:
+    """What a method leaves of its training beside the model folder's own files.
+
+    Attributes:
+        history: One row per epoch, column to value; with an `epoch`, and losses in columns that end in `loss`.
+        exports: Files for other programs, name to content; they go into the model folder.
+    """
+
+    history: tuple[Mapping[str, float | None], ...] = ()
+    exports: Mapping[str, bytes] = field(default_factory=dict)
+
+
 class NotFittedError(RuntimeError):
     """A detector was used before `fit`."""
 
@@ -60,6 +93,7 @@ class AnomalyDetector(ABC):
         preprocessing: Resize and crop that its images had.
         source: What it is trained on.
         calibration_: Thresholds; None before calibration or without it.
+        plan: What `fit` does besides learning, for methods that learn in epochs; to be set before it.
     """
 
     method: ClassVar[str]
@@ -69,6 +103,7 @@ class AnomalyDetector(ABC):
         self.preprocessing = preprocessing
         self.source = source
         self.calibration_: Calibration | None = None
+        self.plan = TrainingPlan()
 
     @abstractmethod
     def fit(self, loader: ImageBatches) -> AnomalyDetector:
@@ -127,12 +162,31 @@ class AnomalyDetector(ABC):
     def release_training_data(self) -> None:  # noqa: B027  # most methods keep nothing
         """Free what only calibration needs; called once it is over."""
 
-    def save(self, folder: Path) -> None:
-        """Write a model folder that `load_detector` reads back; it appears whole or not at all."""
-        header = ModelHeader(
+    def training_artifacts(self, log_group: str) -> TrainingArtifacts:
+        """Return what the training leaves besides the model; most methods leave nothing.
+
+        Args:
+            log_group: Name of the run, for the names of files.
+        """
+        return TrainingArtifacts()
+
+    def save(self, folder: Path, exports: Mapping[str, bytes] | None = None) -> None:
+        """Write a model folder that `load_detector` reads back; it appears whole or not at all.
+
+        Args:
+            folder: Where the model goes.
+            exports: Further files of the folder, name to content.
+        """
+        write_model_folder(folder, self._header(), self.tensors(), exports or {})
+
+    def torch_export(self) -> bytes:
+        """Return the model as one file of `torch.save`: configuration and weights, nothing that executes."""
+        return torch_export_bytes(self._header(), self.tensors())
+
+    def _header(self) -> ModelHeader:
+        return ModelHeader(
             FORMAT_VERSION, self.method, self.configuration(), self.preprocessing, self.source, self.calibration_
         )
-        write_model_folder(folder, header, self.tensors())
 
 
 D = TypeVar("D", bound=type[AnomalyDetector])

@@ -12,7 +12,7 @@ import logging
 import platform
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,16 +41,17 @@ LOGGER = logging.getLogger(__name__)
 TABLE_COLUMNS = ("instance_auroc", "full_pixel_auroc", "full_pro", "image_f1_max", "precision", "recall")
 
 Announce = Callable[[str], None]
+ConfigOf = Callable[[str], Any]
 
 
 def train_and_evaluate(
-    method: str, config: Any, run: RunConfig, dataset: DatasetConfig, search: SearchConfig, announce: Announce
+    method: str, config_of: ConfigOf, run: RunConfig, dataset: DatasetConfig, search: SearchConfig, announce: Announce
 ) -> bool:
     """Train and evaluate one method on every class, for every seed.
 
     Args:
         method: Name in the registry of detectors.
-        config: Configuration of the method.
+        config_of: Configuration of the method for a class.
         run: Where to write, seeds and outputs.
         dataset: What to read.
         search: How neighbours are searched.
@@ -70,8 +71,9 @@ def train_and_evaluate(
     run_folder.require_writable(parent)
     set_threads(run.runtime.threads)
     search = _limited(search, run.runtime)
-    builder = DETECTORS[method].prepare(config, dataset.preprocessing, search)
-    identities = {seed: _identity(method, config, run, dataset, seed) for seed in run.seeds}
+    configs = {category: config_of(category) for category in categories}
+    builders = _prepare(method, configs, dataset.preprocessing, search)
+    identities = {seed: _identity(method, configs, run, dataset, seed) for seed in run.seeds}
     for seed, identity in identities.items():
         _require_resumable(parent / _group(run, seed), identity, run)
     device = resolve_device(run.runtime.device, run.runtime.gpus)
@@ -82,9 +84,9 @@ def train_and_evaluate(
         if len(identities) > 1:
             LOGGER.info("seed %d (%d of %d)", seed, number, len(identities))
         folder = _open_run_folder(parent, _group(run, seed), identity, run, device)
-        task = ClassTask(folder, dataset, run.outputs, device)
+        task = ClassTask(folder, dataset, run.outputs, device, run.epochs)
         announce(f"results: {folder}")
-        process = functools.partial(train_class, task, seed=seed, builder=builder, calibration=run.calibration)
+        process = functools.partial(train_class, task, seed=seed, builders=builders, calibration=run.calibration)
         with (
             log_to_file(folder / "run.log"),
             open_tracker(run.tracking, folder, run.log_project, seedless, identity) as tracker,
@@ -133,14 +135,39 @@ def _group(run: RunConfig, seed: int) -> str:
     return run.log_group if len(run.seeds) == 1 else run_folder.seed_group(run.log_group, seed)
 
 
-def _identity(method: str, config: Any, run: RunConfig, dataset: DatasetConfig, seed: int) -> dict[str, Any]:
+def _prepare(
+    method: str, configs: Mapping[str, Any], preprocessing: PreprocessingConfig, search: SearchConfig
+) -> dict[str, DetectorBuilder]:
+    """Return what makes the detector of each class; classes with equal configurations share it."""
+    distinct: list[tuple[Any, DetectorBuilder]] = []
+    builders: dict[str, DetectorBuilder] = {}
+    for category, config in configs.items():
+        builder = next((known for other, known in distinct if other == config), None)
+        if builder is None:
+            builder = DETECTORS[method].prepare(config, preprocessing, search)
+            distinct.append((config, builder))
+        builders[category] = builder
+    return builders
+
+
+def _method_config(configs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the one configuration of all classes, or one for each where they differ."""
+    first, *others = [config_to_dict(config) for config in configs.values()]
+    if all(other == first for other in others):
+        return {"method_config": first}
+    return {"method_config_of_class": {category: config_to_dict(config) for category, config in configs.items()}}
+
+
+def _identity(
+    method: str, configs: Mapping[str, Any], run: RunConfig, dataset: DatasetConfig, seed: int
+) -> dict[str, Any]:
     """Return what makes two runs the same run: everything that can change a file in the run folder."""
     data = config_to_dict(dataset)
     del data["num_workers"], data["batch_size"]
     data["path"] = str(Path(dataset.path).resolve())
     return {
         "method": method,
-        "method_config": config_to_dict(config),
+        **_method_config(configs),
         "dataset": data,
         "seed": seed,
         "calibration": run.calibration,

@@ -109,7 +109,7 @@ def _run(
         LOGGER.warning("minmax scales scores over the test images, which leaves no threshold: decisions stay blank")
     from patchcore.pipeline import train_and_evaluate
 
-    complete = train_and_evaluate(method, config, run, step["dataset"], search, announce)
+    complete = train_and_evaluate(method, lambda _: config, run, step["dataset"], search, announce)
     return 0 if complete else EXIT_FAILED
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -176,6 +176,37 @@ def fewshot_picture(points: Sequence[FewShotPoint], mean_row: str) -> Image.Imag
         ncols=min(len(names), 4),
         frameon=False,
     )
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+
+
+def training_picture(history: Sequence[Mapping[str, float | None]], category: str) -> Image.Image:
+    """Draw the losses of a training against its epochs.
+
+    Args:
+        history: One row per epoch, with `epoch` and the losses in columns that end in `loss`.
+        category: Class, for the title.
+
+    Returns:
+        An RGB image with one line for each loss that has values.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # as in fewshot_picture
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.0), dpi=160, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    panel = figure.subplots()
+    names = [name for name in history[0] if name.endswith("loss") and any(row[name] is not None for row in history)]
+    for number, name in enumerate(names):
+        points = [(row["epoch"], row[name]) for row in history if row[name] is not None]
+        style = LINE_STYLES[number % len(LINE_STYLES)]
+        panel.plot(*zip(*points, strict=True), style, color=LINE_COLOURS[number % len(LINE_COLOURS)], label=name)
+    panel.set_xlabel("epoch")
+    panel.set_ylabel("loss")
+    panel.set_title(_fitted(category, 400).replace("$", r"\$"))
+    panel.grid(color="0.9")
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.legend(frameon=False)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 

@@ -5,7 +5,7 @@ Source: Yu et al., "FastFlow: Unsupervised Anomaly Detection and Localization vi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -27,12 +27,13 @@ from patchcore.detector import (
     ImageBatches,
     NotFittedError,
     Prediction,
+    TrainingArtifacts,
     register_detector,
     require_images,
 )
 from patchcore.errors import ConfigurationError, DataError
 from patchcore.features.extractor import FeatureExtractor, build_extractor
-from patchcore.methods.training import WITHOUT_HELD_OUT, AfterEpoch, EpochRecord, Training, load_weights
+from patchcore.methods.training import WITHOUT_HELD_OUT, EpochRecord, Training, load_weights
 from patchcore.runtime import derive_seed, progress
 from patchcore.scoring.anomaly_map import image_scores
 from patchcore.scoring.calibration import Calibration, MapStatistics, calibrate
@@ -41,8 +42,6 @@ if TYPE_CHECKING:
     from patchcore.methods.normalizing_flow import FastFlowNet
 
 IMAGES_PER_FORWARD = 8  # in calibration: bounds the latent variables that are held at once
-
-OpenTraining = Callable[[Training], None]
 
 
 @register_detector
@@ -57,9 +56,6 @@ class FastFlow(AnomalyDetector):
 
     Attributes:
         history_: One record per epoch, learned by `fit`; empty for a stored model.
-        before_training: Called with the training before its first epoch, for example to resume it; None by default.
-        after_epoch: Called after each epoch of `fit`, for example to write a checkpoint; None by default. Whatever it
-            measures selects nothing.
     """
 
     method: ClassVar[str] = "fastflow"
@@ -75,11 +71,9 @@ class FastFlow(AnomalyDetector):
         super().__init__(preprocessing, source or TrainingSource())
         self.config = config
         self.extractor = extractor
-        self.shapes = [extractor.feature_shapes[layer] for layer in config.backbone.layers]
+        self.shapes = [_map_shape(extractor, layer) for layer in config.backbone.layers]
         self.device = extractor.mean.device
         self.history_: list[EpochRecord] = []
-        self.before_training: OpenTraining | None = None
-        self.after_epoch: AfterEpoch | None = None
         self._flows: FastFlowNet | None = None
         self._features: list[torch.Tensor] | None = None
         self._weights_epoch = 0
@@ -96,18 +90,19 @@ class FastFlow(AnomalyDetector):
         extractor = build_extractor(config.backbone, preprocessing.imagesize_px)
         return lambda source, device: cls(config, extractor.to(device), preprocessing, source)
 
-    def fit(self, loader: ImageBatches, held_out: ImageBatches | None = None) -> FastFlow:
+    def fit(self, loader: ImageBatches) -> FastFlow:
         """Train one flow for each feature map of normal images.
 
         Args:
-            loader: Batches of normal images.
-            held_out: Normal images that are kept from the gradients: their loss is in the history, and early stopping
-                watches it.
+            loader: Batches of normal images. The plan's held-out images are kept from the gradients: their loss is in
+                the history, and early stopping watches it.
 
         Raises:
             DataError: There are no images, or the training diverged.
-            ConfigurationError: Early stopping is asked for without held-out images.
+            ConfigurationError: Early stopping is asked for without held-out images, or the plan resumes another
+                training.
         """
+        held_out = self.plan.held_out
         if self.config.training.patience is not None and held_out is None:
             raise ConfigurationError(WITHOUT_HELD_OUT)  # before the features are computed
         features = self._embedded(loader, "features")
@@ -116,16 +111,17 @@ class FastFlow(AnomalyDetector):
     def fit_features(self, features: list[torch.Tensor], held_out: list[torch.Tensor] | None = None) -> FastFlow:
         """Train on feature maps float32 [N, C, H, W] of each layer, as `fit` does from images."""
         training = self._training(features, self.config.training, "flows")
-        if self.before_training is not None:
-            self.before_training(training)
+        if self.plan.resume_from is not None:
+            training.load_state_dict(self.plan.resume_from)
+        after_epoch = self.plan.after_epoch
 
         def report(training: Training, record: EpochRecord) -> None:
+            assert after_epoch is not None
             self._flows = self._measured(training, features)  # the detector predicts, for as long as it is asked
-            if self.after_epoch is not None:
-                self.after_epoch(training, record)
+            after_epoch(record.epoch, training.state_dict)
             self._flows = None
 
-        self.history_ = training.run(features, held_out, report if self.after_epoch is not None else None)
+        self.history_ = training.run(features, held_out, None if after_epoch is None else report)
         self._flows = self._measured(training, features)
         self._features, self._weights_epoch = features, training.weights_epoch
         return self
@@ -244,6 +240,11 @@ class FastFlow(AnomalyDetector):
             raise NotFittedError("this FastFlow has no trained flows: call fit() or load a model folder")
         return self._flows
 
+    def training_artifacts(self, log_group: str) -> TrainingArtifacts:
+        """Return the history, and the model as one file that plain torch reads."""
+        history = tuple(config_to_dict(record) for record in self.history_)
+        return TrainingArtifacts(history, {f"fastflow_{log_group}_final.pth": self.torch_export()})
+
     def configuration(self) -> dict[str, Any]:
         return config_to_dict(self.config)
 
@@ -259,3 +260,8 @@ class FastFlow(AnomalyDetector):
         flows = self._new_flows("flows")
         load_weights(flows, tensors)
         self._flows = flows.eval()
+
+
+def _map_shape(extractor: FeatureExtractor, layer: str) -> tuple[int, int, int]:
+    channels, height, width = extractor.feature_shapes[layer]
+    return channels, height, width

@@ -48,7 +48,9 @@ class ModelHeader:
     calibration: Calibration | None = None
 
 
-def write_model_folder(folder: Path, header: ModelHeader, tensors: Mapping[str, torch.Tensor]) -> None:
+def write_model_folder(
+    folder: Path, header: ModelHeader, tensors: Mapping[str, torch.Tensor], exports: Mapping[str, bytes] | None = None
+) -> None:
     """Write a model folder; it appears whole or not at all, and replaces an older one.
 
     Args:
@@ -56,6 +58,7 @@ def write_model_folder(folder: Path, header: ModelHeader, tensors: Mapping[str, 
         header: Configuration and calibration.
         tensors: What was learned, by name; for a memory bank this is the flat search index, in a format that is
             readable with and without faiss.
+        exports: Further files, name to content, that reading the folder does not need.
     """
     files: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
@@ -65,6 +68,8 @@ def write_model_folder(folder: Path, header: ModelHeader, tensors: Mapping[str, 
     def fill(temporary: Path) -> None:
         for member, content in files.items():
             write_bytes(temporary / _tensor_file(member), save(content, {"member": member}))
+        for name, content_of_file in (exports or {}).items():
+            write_bytes(temporary / name, content_of_file)
         write_json(temporary / MODEL_FILE, config_to_dict(header))
 
     write_folder(folder, fill)
@@ -87,6 +92,15 @@ def read_model_header(folder: Path) -> ModelHeader:
         ) from error
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigurationError(f"{str(path)!r} is damaged ({_one_line(error)}): train the model anew") from error
+    return header_from_mapping(mapping, path)
+
+
+def header_from_mapping(mapping: object, path: Path) -> ModelHeader:
+    """Build a header from the JSON values that a file held.
+
+    Raises:
+        ConfigurationError: They are no header, or one of a newer format.
+    """
     version = mapping.get("format_version") if isinstance(mapping, dict) else None
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise ConfigurationError(

@@ -1,0 +1,83 @@
+"""A model as one file of `torch.save`, for programs that know torch but not our model folders.
+
+The file is a dictionary of plain values and tensors, so that `torch.load(path, weights_only=True)` reads it.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from patchcore.config_json import config_to_dict
+from patchcore.errors import ConfigurationError
+from patchcore.storage.model_folder import ModelHeader, header_from_mapping
+
+HEADER, WEIGHTS = "model", "state_dict"
+
+
+@dataclass(frozen=True)
+class TorchFile:
+    """What a file of `torch.save` holds.
+
+    Attributes:
+        header: What the model is; None in a bare state dict.
+        tensors: What was learned, by name.
+    """
+
+    header: ModelHeader | None
+    tensors: dict[str, torch.Tensor]
+
+
+def torch_export_bytes(header: ModelHeader, tensors: Mapping[str, torch.Tensor]) -> bytes:
+    """Return the content of an export."""
+    return state_bytes({HEADER: config_to_dict(header), WEIGHTS: {name: t.cpu() for name, t in tensors.items()}})
+
+
+def state_bytes(state: Mapping[str, Any]) -> bytes:
+    """Return what `torch.save` writes for plain values and tensors."""
+    buffer = io.BytesIO()
+    torch.save(dict(state), buffer)
+    return buffer.getvalue()
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Read a dictionary of plain values and tensors, without unpickling objects.
+
+    Raises:
+        ConfigurationError: The file is missing, damaged, or holds something else.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise ConfigurationError(f"{str(path)!r} not found, expected a file that torch.save wrote") from error
+    except (OSError, RuntimeError, ValueError, EOFError, LookupError, pickle.UnpicklingError) as error:
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        raise ConfigurationError(
+            f"{str(path)!r} cannot be read as plain values and tensors ({reason}): train the model anew"
+        ) from error
+    if not isinstance(content, dict):
+        raise ConfigurationError(f"{str(path)!r} holds {type(content).__name__}, expected a dictionary")
+    return content
+
+
+def read_torch_file(path: Path) -> TorchFile:
+    """Read an export, or a bare state dict.
+
+    Raises:
+        ConfigurationError: The file is missing, damaged, or neither of the two.
+    """
+    content = read_state(path)
+    header = header_from_mapping(content[HEADER], path) if HEADER in content else None
+    tensors = content.get(WEIGHTS) if header is not None else content
+    if not isinstance(tensors, dict) or not tensors or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
+        raise ConfigurationError(
+            f"{str(path)!r} holds {', '.join(map(str, list(content)[:3])) or 'nothing'}, expected an export of a model "
+            "or a dictionary of tensors by name"
+        )
+    return TorchFile(header, tensors)
