@@ -18,7 +18,7 @@ from patchcore.datasets.inspection import GOOD, DatasetSplit, InspectionDataset
 from patchcore.datasets.loader import ImageLoader
 from patchcore.datasets.registry import dataset_class
 from patchcore.detector import AnomalyDetector, DetectorBuilder, TrainingArtifacts, TrainingPlan
-from patchcore.errors import DataError
+from patchcore.errors import ConfigurationError, DataError
 from patchcore.evaluation.metrics import label_regions
 from patchcore.evaluation.plots import (
     Caption,
@@ -122,13 +122,20 @@ def _training_plan(
         if every.eval_every is not None and epoch % every.eval_every == 0:
             _announce_epoch(task, epoch, detector, test)
 
-    if path.exists():
-        LOGGER.info("%s: resumes from %s", category, path)
     return TrainingPlan(
         held_out=_loader(task, held_out) if len(held_out) else None,
-        resume_from=read_state(path) if path.exists() else None,
+        resume_from=_interrupted(path, category) if path.exists() else None,
         after_epoch=after_epoch if every != EpochConfig(None, None) else None,
     )
+
+
+def _interrupted(path: Path, category: str) -> dict[str, Any]:
+    """Read the state that an interrupted training left."""
+    LOGGER.info("%s: resumes from %s", category, path)
+    try:
+        return read_state(path)
+    except ConfigurationError as error:
+        raise DataError(f"checkpoint {str(path)!r} is damaged ({error}): remove it") from error
 
 
 def _announce_epoch(task: ClassTask, epoch: int, detector: AnomalyDetector, test: InspectionDataset) -> None:

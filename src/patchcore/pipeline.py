@@ -23,16 +23,24 @@ import patchcore
 import patchcore.methods  # enters every detector into the registry
 from patchcore.class_run import ClassTask, evaluate_class, open_dataset, outputs_exist, train_class
 from patchcore.config_json import config_to_dict
-from patchcore.configs import DatasetConfig, OutputConfig, PreprocessingConfig, RunConfig, RuntimeConfig, SearchConfig
+from patchcore.configs import (
+    DatasetConfig,
+    OutputConfig,
+    PreprocessingConfig,
+    RunConfig,
+    RuntimeConfig,
+    SearchConfig,
+    TrainingSource,
+)
 from patchcore.datasets.inspection import DatasetSplit, resolve_categories
 from patchcore.datasets.registry import dataset_class
 from patchcore.detector import DETECTORS, DetectorBuilder
 from patchcore.errors import ConfigurationError, DataError
 from patchcore.evaluation.report import text_table
-from patchcore.prediction import StoredModel, prepare_stored
+from patchcore.prediction import StoredModel, prepare_stored, read_header
 from patchcore.runtime import log_to_file, progress, reset_peak_memory, resolve_device, set_threads
 from patchcore.storage import run_folder
-from patchcore.storage.model_folder import ModelHeader, read_model_header
+from patchcore.storage.model_folder import FORMAT_VERSION, ModelHeader
 from patchcore.storage.run_folder import ClassResult
 from patchcore.tracking import Tracker, open_tracker, require_trackers
 
@@ -305,6 +313,41 @@ class TypedPreprocessing:
     resize_mode: str | None = None
 
 
+@dataclass(frozen=True)
+class TypedSetting:
+    """An option that was typed for a stored model and has to agree with it.
+
+    Attributes:
+        option: As typed, such as "--flow_steps".
+        path: Names that lead to its value in the model's configuration, such as ("training", "lr").
+        value: The JSON value typed.
+    """
+
+    option: str
+    path: tuple[str, ...]
+    value: Any
+
+
+@dataclass(frozen=True)
+class TypedModel:
+    """What was typed of stored models besides where they are.
+
+    Attributes:
+        settings: What has to agree with the configurations of the models.
+        describe: Header of a bare state dict of a class; None where what was typed does not describe one.
+    """
+
+    settings: tuple[TypedSetting, ...] = ()
+    describe: Callable[[str], ModelHeader] | None = None
+
+
+def typed_header(
+    method: str, config: dict[str, Any], preprocessing: PreprocessingConfig, dataset: str, category: str
+) -> ModelHeader:
+    """Return what a bare state dict does not say of itself; it has no calibration."""
+    return ModelHeader(FORMAT_VERSION, method, config, preprocessing, TrainingSource(dataset, category))
+
+
 def load_and_evaluate(
     methods: Sequence[str],
     model_paths: Sequence[str],
@@ -315,12 +358,13 @@ def load_and_evaluate(
     runtime: RuntimeConfig,
     search: SearchConfig,
     announce: Announce,
+    typed_model: TypedModel | None = None,
 ) -> bool:
     """Evaluate stored models; the numbers are those of the run that trained them.
 
     Args:
         methods: The methods the models may be of.
-        model_paths: Model folders.
+        model_paths: Model folders, exports or bare state dicts.
         typed: Resize and crop as typed; they must agree with those of the models.
         dataset: What to read; its preprocessing is taken from the models.
         save_folder: Where the tables go; a number is appended if it exists.
@@ -328,6 +372,7 @@ def load_and_evaluate(
         runtime: Device and threads.
         search: How neighbours are searched.
         announce: Receives the lines meant for the user.
+        typed_model: Options that the models must agree with, and what describes a bare state dict.
 
     Returns:
         Whether every class was finished.
@@ -338,9 +383,11 @@ def load_and_evaluate(
     repeated = sorted({path for path in model_paths if model_paths.count(path) > 1})
     if repeated:
         raise ConfigurationError(f"model {repeated[0]!r} is named twice: name each -p once")
-    headers = {Path(path): read_model_header(Path(path)) for path in model_paths}
+    typed_model = typed_model or TypedModel()
+    headers = _read_headers([Path(path) for path in model_paths], typed_model, dataset.categories)
     for path, header in headers.items():
         _require_agreement(path, header, methods, typed)
+        _require_same_settings(path, header, typed_model.settings)
     preprocessing = _shared_preprocessing(headers)
     paths = _match_models(headers, dataset.categories)
     dataset = replace(dataset, categories=tuple(paths), preprocessing=preprocessing)
@@ -374,6 +421,40 @@ def load_and_evaluate(
         results, failures = _process_classes(task, process, skip_existing=False, tracker=Tracker([]))
     _announce_results(folder, outputs, results, failures, announce)
     return not failures
+
+
+def _read_headers(paths: Sequence[Path], typed: TypedModel, categories: Sequence[str]) -> dict[Path, ModelHeader]:
+    """Read what each model says of itself; what was typed describes a bare state dict, of the class at its place."""
+    headers: dict[Path, ModelHeader] = {}
+    for position, path in enumerate(paths):
+        header = read_header(path)
+        if header is None:
+            if typed.describe is None or position >= len(categories):
+                missing = "the options of its model, such as --backbone" if typed.describe is None else "its class (-d)"
+                raise ConfigurationError(
+                    f"{str(path)!r} is a bare state dict, which does not say what it belongs to: type {missing}"
+                )
+            header = typed.describe(categories[position])
+        headers[path] = header
+    return headers
+
+
+def _require_same_settings(path: Path, header: ModelHeader, settings: Sequence[TypedSetting]) -> None:
+    """Raise ConfigurationError if an option was typed with another value than the model's."""
+    for setting in settings:
+        stored: Any = header.config
+        for name in setting.path:
+            stored = stored.get(name) if isinstance(stored, dict) else None
+        stored = list(stored) if isinstance(stored, (list, tuple)) else stored
+        if stored != setting.value:
+            raise ConfigurationError(
+                f"{setting.option} {_shown(setting.value)} was typed, but model {str(path)!r} was trained with "
+                f"{_shown(stored)}: leave {setting.option} out"
+            )
+
+
+def _shown(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _open_models(models: dict[str, tuple[Path, ModelHeader]], search: SearchConfig) -> dict[str, StoredModel]:

@@ -14,15 +14,16 @@ from patchcore.configs import SearchConfig, require_choice
 from patchcore.detector import DETECTORS, AnomalyDetector, DetectorBuilder
 from patchcore.errors import ConfigurationError, DataError
 from patchcore.storage.model_folder import ModelHeader, read_model_header, read_model_tensors
+from patchcore.storage.torch_export import read_torch_file
 
 
 @dataclass(frozen=True)
 class StoredModel:
-    """A model folder of which everything but the tensors has been read and checked.
+    """A stored model of which everything but the tensors has been read and checked.
 
     Attributes:
-        folder: The folder.
-        header: What its model.json says.
+        folder: The model folder, or a file of `torch.save`.
+        header: What it says of itself, or what was typed of a bare state dict.
         builder: Makes the unfitted detector; models of one configuration may share it.
     """
 
@@ -38,7 +39,7 @@ class StoredModel:
         """
         detector = self.builder(self.header.source, device)
         try:
-            detector.restore(read_model_tensors(self.folder))
+            detector.restore(read_tensors(self.folder))
         except (ConfigurationError, DataError) as error:
             raise ConfigurationError(f"model {str(self.folder)!r}: {error}") from error
         if self.header.calibration is not None and not detector.can_calibrate:
@@ -48,6 +49,23 @@ class StoredModel:
             )
         detector.calibration_ = self.header.calibration
         return detector
+
+
+def read_header(path: Path) -> ModelHeader | None:
+    """Read what a stored model says of itself; None for a bare state dict.
+
+    Args:
+        path: A model folder, or a file of `torch.save`.
+
+    Raises:
+        ConfigurationError: It is missing or damaged.
+    """
+    return read_torch_file(path).header if path.is_file() else read_model_header(path)
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Read what a model learned, from its folder or a file of `torch.save`."""
+    return read_torch_file(path).tensors if path.is_file() else read_model_tensors(path)
 
 
 def prepare_stored(header: ModelHeader, where: str, search: SearchConfig) -> DetectorBuilder:

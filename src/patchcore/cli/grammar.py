@@ -104,6 +104,22 @@ class _TypedOption:
     homes: list[str]
 
 
+class ShortenedStep(click.Command):
+    """A step whose first argument is left out exactly when one of its options is typed; it is "" then.
+
+    Args:
+        shortened_by: The option that takes the argument's place.
+    """
+
+    def __init__(self, *args: Any, shortened_by: str, **extra: Any) -> None:
+        super().__init__(*args, **extra)
+        self.shortened_by = shortened_by
+
+    def given_arguments(self, typed: Sequence[str]) -> list[str]:
+        """Return the arguments that are there before any is read from what was typed."""
+        return [""] if any(token.partition("=")[0] == self.shortened_by for token in typed) else []
+
+
 class ChainedCommand(OneLineErrors, click.Group):
     """A command followed by steps; `required_steps` must each be there once.
 
@@ -173,7 +189,8 @@ class ChainedCommand(OneLineErrors, click.Group):
                 arguments[present].append(token)
             else:
                 present = self._read_step(token, arguments)
-                arguments[present] = []
+                step = parts[present]
+                arguments[present] = step.given_arguments(args) if isinstance(step, ShortenedStep) else []
             position += width
         return arguments, options
 

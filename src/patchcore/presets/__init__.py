@@ -25,6 +25,7 @@ from patchcore.errors import ConfigurationError
 DEFAULT_CLASS = "default"
 SOURCES = ("inherited, chosen on test results", "ours")
 FASTFLOW_FILE = Path(__file__).with_name("fastflow.json")
+BACKBONES_FILE = Path(__file__).with_name("fastflow_backbones.json")
 NO_SETTINGS = ("backbone", "training")  # fields that hold others, or that a preset is looked up by
 
 EXAMPLE = FastFlowConfig(BackboneConfig("any", ("any",)))
@@ -45,6 +46,33 @@ class Preset:
     category: str
     settings: Mapping[str, Any]
     source: str
+
+
+@dataclass(frozen=True)
+class FastFlowBackbone:
+    """How FastFlow uses a backbone.
+
+    Attributes:
+        name: Name in the table of backbones.
+        layers: Layers that get a flow when none is typed; empty where a user has to choose.
+        input_size: Side of the images that the backbone is made for, px; None where it takes any.
+    """
+
+    name: str
+    layers: tuple[str, ...]
+    input_size: int | None
+
+
+def fastflow_backbone(name: str, file: Path = BACKBONES_FILE) -> FastFlowBackbone:
+    """Look up layers and input size of a backbone; one that the file does not name is used as it is typed.
+
+    Raises:
+        ConfigurationError: The file is damaged.
+    """
+    known = _read_object(file)
+    if name not in known:
+        return FastFlowBackbone(name, (), None)
+    return config_from_dict(FastFlowBackbone, known[name], f"{file.name}: {name}")
 
 
 def fastflow_preset(backbone: str, category: str, file: Path = FASTFLOW_FILE) -> Preset:
@@ -73,12 +101,8 @@ def read_presets(file: Path) -> dict[str, dict[str, Preset]]:
     Raises:
         ConfigurationError: The file is missing or no JSON, or an entry holds an unknown name or a wrong value.
     """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigurationError(f"presets {str(file)!r} cannot be read ({error}): mend or restore the file") from error
     presets: dict[str, dict[str, Preset]] = {}
-    for backbone, classes in _object(content, file.name).items():
+    for backbone, classes in _read_object(file).items():
         presets[backbone] = {}
         for category, entry in _object(classes, f"{file.name}: {backbone}").items():
             where = f"{file.name}: {backbone}.{category}"
@@ -89,6 +113,14 @@ def read_presets(file: Path) -> dict[str, dict[str, Preset]]:
             with_settings(EXAMPLE, settings, where)  # finds unknown names and wrong values
             presets[backbone][category] = Preset(backbone, category, settings, source)
     return presets
+
+
+def _read_object(file: Path) -> Mapping[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"presets {str(file)!r} cannot be read ({error}): mend or restore the file") from error
+    return _object(content, file.name)
 
 
 def _object(value: object, where: str) -> Mapping[str, Any]:
