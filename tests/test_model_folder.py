@@ -256,7 +256,7 @@ def test_a_path_that_is_no_model(data: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for path, words in (
         (tmp_path / "nowhere", "not found"),
-        (tmp_path / "file", "not found"),
+        (tmp_path / "file", "expected a model folder or what torch.save wrote"),
         (tmp_path, "no model folder"),
     ):
         done = evaluate(tmp_path / "save", [path], data)

@@ -59,7 +59,8 @@ def read_state(path: Path) -> dict[str, Any]:
     except (OSError, RuntimeError, ValueError, EOFError, LookupError, pickle.UnpicklingError) as error:
         reason = " ".join(str(error).split())[:120] or type(error).__name__
         raise ConfigurationError(
-            f"{str(path)!r} cannot be read as plain values and tensors ({reason}): train the model anew"
+            f"{str(path)!r} cannot be read as plain values and tensors ({reason}), expected a model folder or what "
+            "torch.save wrote: train the model anew"
         ) from error
     if not isinstance(content, dict):
         raise ConfigurationError(f"{str(path)!r} holds {type(content).__name__}, expected a dictionary")
