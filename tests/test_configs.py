@@ -15,6 +15,7 @@ from patchcore.configs import (
     DatasetConfig,
     DemoConfig,
     EnsembleConfig,
+    EpochConfig,
     FastFlowConfig,
     OutputConfig,
     PatchCoreConfig,
@@ -73,6 +74,7 @@ EXAMPLES: list[Any] = [
         RuntimeConfig("cpu", (), 1),
         TrackingConfig(True, True),
     ),
+    EpochConfig(eval_every=2, checkpoint_every=None),
     TrackingConfig(),
 ]
 
