@@ -19,11 +19,13 @@ from patchcore.configs import (
     FastFlowConfig,
     OutputConfig,
     PatchCoreConfig,
+    PostProcessingConfig,
     PreprocessingConfig,
     RunConfig,
     RuntimeConfig,
     SamplerConfig,
     SearchConfig,
+    TileConfig,
     TrackingConfig,
     TrainingConfig,
     TrainingSource,
@@ -37,6 +39,7 @@ BACKBONE = BackboneConfig("resnet18", ("layer2", "layer3"))
 EXAMPLES: list[Any] = [
     PreprocessingConfig(),
     PreprocessingConfig(320, 288, "letterbox"),
+    PreprocessingConfig(max_side_px=1024),
     DatasetConfig("mpdd", "data"),
     DatasetConfig("mvtec", "a b", ("bottle", "tile"), 0.8, 16, 0, PreprocessingConfig(64, 32, "square"), 10, 3),
     DemoConfig(),
@@ -53,7 +56,14 @@ EXAMPLES: list[Any] = [
     TrainingConfig(),
     TrainingConfig(3, 4, 1e-2, 0.0, "cosine", None, 2),
     FastFlowConfig(BACKBONE),
-    FastFlowConfig(BACKBONE, 4, 0.5, True, 1.9, 0.1, TrainingConfig(2), "weighted", "topk", "bfloat16", 5),
+    FastFlowConfig(
+        BACKBONE, 4, 0.5, True, 1.9, 0.1, TrainingConfig(2), "weighted", "topk", "bfloat16", calibration_folds=5
+    ),
+    FastFlowConfig(BACKBONE, post_processing=PostProcessingConfig(smoothing="guided"), tiles=TileConfig(160, 80)),
+    PostProcessingConfig(),
+    PostProcessingConfig("gaussian", 2.5, True, (0.75, 1.25)),
+    TileConfig(64, 32),
+    TileConfig(64, 64, 9, True),
     SearchConfig(),
     SearchConfig(True, 2),
     RuntimeConfig(),
@@ -93,7 +103,7 @@ def refused(cls: type[Any], mapping: object) -> str:
 
 
 def test_examples_cover_every_configuration() -> None:
-    known = {c for c in vars(configs).values() if dataclasses.is_dataclass(c) and c.__module__ == configs.__name__}
+    known = {c for c in vars(configs).values() if dataclasses.is_dataclass(c)}
     assert known == {type(example) for example in EXAMPLES}
 
 

@@ -17,6 +17,7 @@ from patchcore.config_json import config_from_dict, config_to_dict
 from patchcore.configs import (
     BackboneConfig,
     FastFlowConfig,
+    PostProcessingConfig,
     TrainingConfig,
     near_matches,
 )
@@ -26,7 +27,8 @@ DEFAULT_CLASS = "default"
 SOURCES = ("inherited, chosen on test results", "ours")
 FASTFLOW_FILE = Path(__file__).with_name("fastflow.json")
 BACKBONES_FILE = Path(__file__).with_name("fastflow_backbones.json")
-NO_SETTINGS = ("backbone", "training")  # fields that hold others, or that a preset is looked up by
+NO_SETTINGS = ("backbone", "tiles")  # what a preset is looked up by, and what it has no say in
+PARTS = {"training": TrainingConfig, "post_processing": PostProcessingConfig}  # fields whose own fields are settings
 
 EXAMPLE = FastFlowConfig(BackboneConfig("any", ("any",)))
 
@@ -140,15 +142,12 @@ def with_settings(config: FastFlowConfig, settings: Mapping[str, Any], where: st
     Raises:
         ConfigurationError: A name is unknown, or a value of another type or out of range.
     """
-    training_names = {f.name for f in dataclasses.fields(TrainingConfig)}
-    own_names = {f.name for f in dataclasses.fields(config)} - set(NO_SETTINGS)
-    known = own_names | training_names
+    own_names = {f.name for f in dataclasses.fields(config)} - {*NO_SETTINGS, *PARTS}
+    part_of = {f.name: part for part, cls in PARTS.items() for f in dataclasses.fields(cls)}
     merged = config_to_dict(config)
     for name, value in settings.items():
-        if name in own_names:
-            merged[name] = value
-        elif name in training_names:
-            merged["training"][name] = value
-        else:
-            raise ConfigurationError(f"{where}: unknown name {name!r}: {near_matches(name, known)}")
+        if name not in own_names and name not in part_of:
+            raise ConfigurationError(f"{where}: unknown name {name!r}: {near_matches(name, own_names | set(part_of))}")
+        target = merged if name in own_names else merged[part_of[name]]
+        target[name] = value
     return config_from_dict(FastFlowConfig, merged, where)

@@ -1,0 +1,93 @@
+"""Frozen configurations of data sets, methods and runs.
+
+A configuration is complete and valid once it is constructed.
+"""
+
+from patchcore.configs.backbone import NORMALIZATIONS, BackboneConfig
+from patchcore.configs.checks import (
+    MAX_LIST_LENGTH,
+    MAX_SEED,
+    near_matches,
+    require_at_least,
+    require_choice,
+    require_fraction,
+    require_not_negative,
+    require_positive,
+)
+from patchcore.configs.data import (
+    DEMO_CATEGORIES,
+    RESIZE_MODES,
+    DatasetConfig,
+    DemoConfig,
+    PreprocessingConfig,
+    TrainingSource,
+)
+from patchcore.configs.fastflow import (
+    IMAGE_SCORES,
+    MAP_MODES,
+    PRECISIONS,
+    SCHEDULES,
+    SMOOTHINGS,
+    FastFlowConfig,
+    PostProcessingConfig,
+    TileConfig,
+    TrainingConfig,
+)
+from patchcore.configs.patchcore import (
+    EMBEDDINGS,
+    PATCH_SCORES,
+    SCORE_NORMALIZATIONS,
+    EnsembleConfig,
+    PatchCoreConfig,
+    SamplerConfig,
+    SearchConfig,
+)
+from patchcore.configs.run import (
+    CALIBRATION_METHODS,
+    EpochConfig,
+    OutputConfig,
+    RunConfig,
+    RuntimeConfig,
+    TrackingConfig,
+)
+
+__all__ = [
+    "CALIBRATION_METHODS",
+    "DEMO_CATEGORIES",
+    "EMBEDDINGS",
+    "IMAGE_SCORES",
+    "MAP_MODES",
+    "MAX_LIST_LENGTH",
+    "MAX_SEED",
+    "NORMALIZATIONS",
+    "PATCH_SCORES",
+    "PRECISIONS",
+    "RESIZE_MODES",
+    "SCHEDULES",
+    "SCORE_NORMALIZATIONS",
+    "SMOOTHINGS",
+    "BackboneConfig",
+    "DatasetConfig",
+    "DemoConfig",
+    "EnsembleConfig",
+    "EpochConfig",
+    "FastFlowConfig",
+    "OutputConfig",
+    "PatchCoreConfig",
+    "PostProcessingConfig",
+    "PreprocessingConfig",
+    "RunConfig",
+    "RuntimeConfig",
+    "SamplerConfig",
+    "SearchConfig",
+    "TileConfig",
+    "TrackingConfig",
+    "TrainingConfig",
+    "TrainingSource",
+    "near_matches",
+    "require_at_least",
+    "require_choice",
+    "require_fraction",
+    "require_not_negative",
+    "require_positive",
+]

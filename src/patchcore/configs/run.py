@@ -1,0 +1,127 @@
+"""Configurations of a run: where it writes, on what it runs, what it leaves."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, field
+
+from patchcore.configs.checks import require_at_least, require_choice
+from patchcore.errors import ConfigurationError
+
+CALIBRATION_METHODS = ("none", "kfold", "split")
+
+
+@dataclass(frozen=True)
+class RuntimeConfig:
+    """Device and threads of a run.
+
+    Attributes:
+        device: "auto", "cpu", "cuda", "cuda:N" or "mps".
+        gpus: GPU indices, of which the first is used.
+        threads: Threads of CPU kernels; None leaves torch's choice.
+    """
+
+    device: str = "auto"
+    gpus: tuple[int, ...] = (0,)
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.threads is not None:
+            require_at_least("--threads", self.threads, 1)
+        for gpu in self.gpus:
+            require_at_least("--gpu", gpu, 0)
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]+)?", self.device):
+            raise ConfigurationError(f"--device {self.device!r} is unknown, expected auto, cpu, cuda, cuda:N or mps")
+
+
+@dataclass(frozen=True)
+class OutputConfig:
+    """Which optional files a run leaves.
+
+    Attributes:
+        segmentation_images: One picture per test image.
+        models: One model folder per class.
+        anomaly_maps: Raw anomaly maps beside the scores.
+    """
+
+    segmentation_images: bool = False
+    models: bool = False
+    anomaly_maps: bool = False
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """Where the numbers of a run go besides its folder.
+
+    Attributes:
+        wandb: Weights & Biases; the environment variable WANDB_MODE=offline keeps the record in the run folder.
+        tensorboard: Event files in the run folder.
+    """
+
+    wandb: bool = False
+    tensorboard: bool = False
+
+
+@dataclass(frozen=True)
+class EpochConfig:
+    """What a run does between the epochs of a training; none of it changes the model.
+
+    Attributes:
+        eval_every: Show test metrics after every so many epochs; None never does.
+        checkpoint_every: Write a checkpoint after every so many epochs, from which a killed run goes on; None never
+            does.
+    """
+
+    eval_every: int | None = None
+    checkpoint_every: int | None = None
+
+    def __post_init__(self) -> None:
+        for option, value in (("--eval_every", self.eval_every), ("--checkpoint_every", self.checkpoint_every)):
+            if value is not None:
+                require_at_least(option, value, 1)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run writes, with which seeds, and what.
+
+    Attributes:
+        results_path: Folder below which run folders are made.
+        log_project: First folder below it.
+        log_group: Name of the run folder.
+        seeds: One run folder per seed.
+        calibration: Where score scale and thresholds come from, one of CALIBRATION_METHODS.
+        outputs: Optional files.
+        skip_existing: Reuse exactly the named run folder and do only what is missing.
+        runtime: Device and threads.
+        tracking: Experiment trackers.
+        epochs: What happens between the epochs of a training.
+    """
+
+    results_path: str
+    log_project: str = "project"
+    log_group: str = "group"
+    seeds: tuple[int, ...] = (0,)
+    calibration: str = "kfold"
+    outputs: OutputConfig = field(default_factory=OutputConfig)
+    skip_existing: bool = False
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    epochs: EpochConfig = field(default_factory=EpochConfig)
+
+    def __post_init__(self) -> None:
+        require_choice("calibration", self.calibration, CALIBRATION_METHODS)
+        if not self.results_path.strip():
+            raise ConfigurationError("RESULTS_PATH is empty, expected the path of a folder")
+        for what, value in (("--log_project", self.log_project), ("--log_group", self.log_group)):
+            if not value.strip() or value in (".", "..") or "/" in value or "\\" in value or "\0" in value:
+                raise ConfigurationError(f"{what} is {value!r}, expected the plain name of one folder")
+            if len(os.fsencode(value)) > 200:  # file systems allow 255 bytes, and numbers are appended
+                raise ConfigurationError(f"{what} is longer than 200 bytes, which file systems may refuse: shorten it")
+        if not self.seeds:
+            raise ConfigurationError("no seed: name at least one --seed")
+        for seed in self.seeds:
+            require_at_least("--seed", seed, 0)
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ConfigurationError(f"--seed {' '.join(map(str, self.seeds))}: a seed is named twice")
