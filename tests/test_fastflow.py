@@ -11,7 +11,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from patchcore.configs import BackboneConfig, FastFlowConfig, PreprocessingConfig, TrainingConfig, TrainingSource
+from patchcore.configs import (
+    BackboneConfig,
+    FastFlowConfig,
+    PostProcessingConfig,
+    PreprocessingConfig,
+    SearchConfig,
+    TileConfig,
+    TrainingConfig,
+    TrainingSource,
+)
 from patchcore.detector import TrainingPlan
 from patchcore.errors import ConfigurationError, DataError
 from patchcore.features.extractor import FeatureExtractor, build_extractor
@@ -90,15 +99,15 @@ def test_scores_and_maps_against_a_plain_formulation(
             grids.append(F.interpolate(grid[:, None], size=16, mode="bilinear", align_corners=False))  # [B, 1, 16, 16]
     joined = sum(grids) / 2
     assert isinstance(joined, torch.Tensor)
-    flat = joined.flatten(1)
+    upsampled = F.interpolate(joined, size=SIDE, mode="bilinear", align_corners=False)[:, 0]
+    flat = upsampled.flatten(1)
     expected = {
         "max": flat.amax(dim=1),
         "mean": flat.mean(dim=1),
-        "topk": flat.sort(dim=1).values[:, -3:].mean(dim=1),  # one percent of 256, rounded up
+        "topk": flat.sort(dim=1).values[:, -41:].mean(dim=1),  # one percent of 4096, rounded up
     }
     np.testing.assert_allclose(prediction.scores, expected[image_score].numpy(), rtol=1e-5)
     assert prediction.maps is not None and prediction.maps.shape == (4, SIDE, SIDE)
-    upsampled = F.interpolate(joined, size=SIDE, mode="bilinear", align_corners=False)[:, 0]
     np.testing.assert_allclose(prediction.maps, upsampled.numpy(), rtol=1e-5)
 
 
@@ -116,6 +125,15 @@ def test_scores_and_maps_against_a_plain_formulation(
         {"image_score": "mean"},
         {"image_score": "topk"},
         {"training": replace(CONFIG.training, epochs=4)},
+        {"post_processing": PostProcessingConfig("gaussian")},
+        {"post_processing": PostProcessingConfig("gaussian", 2.0)},
+        {"post_processing": PostProcessingConfig("guided")},
+        {"post_processing": PostProcessingConfig("guided", 2.0)},
+        {"post_processing": PostProcessingConfig(adaptive_normalization=True)},
+        {"post_processing": PostProcessingConfig(scales=(1.0, 1.5))},
+        {"tiles": TileConfig(32, 32)},
+        {"tiles": TileConfig(32, 16)},
+        {"tiles": TileConfig(32, 16, training_tiles=9)},
         {"backbone": replace(BACKBONE, layers=("blocks.1",))},
     ],
     ids=str,
@@ -239,6 +257,127 @@ def test_calibration_leaves_the_model_alone(extractor: FeatureExtractor, model: 
     detector = fitted(extractor)
     detector.out_of_fold_calibration()
     assert np.array_equal(detector.predict(TEST).scores, model.predict(TEST).scores)
+
+
+# ---------------------------------------------------------------- tiles and scales
+
+TILED = replace(CONFIG, tiles=TileConfig(32, 16))
+AS_THEY_ARE = PreprocessingConfig(SIDE, SIDE, max_side_px=100)
+
+
+@pytest.fixture(scope="module")
+def tiled(extractor: FeatureExtractor) -> FastFlow:
+    return fitted(extractor, TILED)
+
+
+class TestTiles:
+    def test_an_image_of_one_tile_is_scored_as_a_whole(self, extractor: FeatureExtractor, model: FastFlow) -> None:
+        one = build(extractor, replace(CONFIG, tiles=TileConfig(SIDE, SIDE)))
+        one.restore(model.tensors())
+        expected, found = model.predict(TEST), one.predict(TEST)
+        assert expected.maps is not None and found.maps is not None
+        np.testing.assert_allclose(found.maps, expected.maps, rtol=1e-5)
+        np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-5)
+
+    def test_flows_are_trained_on_drawn_tiles(self, extractor: FeatureExtractor) -> None:
+        detector = build(extractor, replace(TILED, tiles=TileConfig(32, 16, training_tiles=3)))
+        features, image_of_row = detector._embedded(Batches(TRAIN), "features")
+        assert image_of_row.tolist() == [image for image in range(len(TRAIN)) for _ in range(3)]
+        assert [len(maps) for maps in features] == [21, 21]
+        again, _ = detector._embedded(Batches(TRAIN), "features")
+        assert all(torch.equal(a, b) for a, b in zip(features, again, strict=True))
+
+    def test_low_memory_changes_no_map(self, extractor: FeatureExtractor, tiled: FastFlow) -> None:
+        frugal = build(extractor, replace(TILED, tiles=TileConfig(32, 8, low_memory=True)))
+        greedy = build(extractor, replace(TILED, tiles=TileConfig(32, 8)))
+        for detector in (frugal, greedy):
+            detector.restore(tiled.tensors())
+        one, other = frugal.predict(TEST).maps, greedy.predict(TEST).maps
+        assert one is not None and other is not None
+        np.testing.assert_allclose(one, other, rtol=1e-5)
+
+    def test_images_of_any_size_keep_it(self, extractor: FeatureExtractor, tiled: FastFlow) -> None:
+        detector = FastFlow(TILED, extractor, AS_THEY_ARE, TrainingSource("mpdd", "p", 0))
+        detector.restore(tiled.tensors())
+        for size in ((32, 32), (50, 97), (33, 64)):
+            maps = detector.predict(torch.zeros(1, 3, *size, dtype=torch.uint8)).maps
+            assert maps is not None and maps.shape == (1, *size) and np.isfinite(maps).all()
+        with pytest.raises(DataError, match="an image of 70 x 20 px is smaller than a tile of 32 px: use"):
+            detector.predict(torch.zeros(1, 3, 20, 70, dtype=torch.uint8))
+
+    def test_a_defect_is_found_where_it_is(self, extractor: FeatureExtractor) -> None:
+        """A bright square in a large image: the map is highest on it, wherever tiles begin."""
+        generator = torch.Generator().manual_seed(3)
+        images = torch.randint(90, 160, (6, 3, 90, 120), dtype=torch.uint8, generator=generator)
+        detector = FastFlow(TILED, extractor, replace(AS_THEY_ARE, max_side_px=200), TrainingSource("mpdd", "p", 0))
+        detector.fit(Batches(images))
+        test = images[:1].clone()
+        test[:, :, 60:72, 80:92] = 255
+        maps = detector.predict(test).maps
+        assert maps is not None
+        row, column = np.unravel_index(maps[0].argmax(), maps[0].shape)
+        assert 54 <= row < 78 and 74 <= column < 98
+
+    def test_a_constant_image_gives_a_map_without_seams(self, extractor: FeatureExtractor, tiled: FastFlow) -> None:
+        """No step between neighbouring pixels is larger where a tile begins than it is inside the tiles."""
+        detector = FastFlow(TILED, extractor, replace(AS_THEY_ARE, max_side_px=200), TrainingSource("mpdd", "p", 0))
+        detector.restore(tiled.tensors())
+        maps = detector.predict(torch.full((1, 3, 128, 128), 120, dtype=torch.uint8)).maps
+        assert maps is not None
+        one_tile = detector.predict(torch.full((1, 3, 32, 32), 120, dtype=torch.uint8)).maps
+        assert one_tile is not None
+        steps_inside = np.abs(np.diff(one_tile[0], axis=1)).max()
+        assert np.abs(np.diff(maps[0], axis=1)).max() <= steps_inside + 1e-6
+        assert np.abs(np.diff(maps[0], axis=0)).max() <= np.abs(np.diff(one_tile[0], axis=0)).max() + 1e-6
+        centre = maps[0][32:-32, 32:-32]
+        np.testing.assert_allclose(centre[:16], centre[16:32], rtol=1e-5)  # periodic: no tile differs from the others
+
+    def test_calibration_leaves_all_tiles_of_an_image_out(self, extractor: FeatureExtractor) -> None:
+        images = TRAIN.clone()
+        images[2, 0, 10:50, 10:50] = 255
+        config = replace(TILED, training=replace(CONFIG.training, epochs=10))
+        detector = build(extractor, config).fit(Batches(images))
+        calibration = detector.out_of_fold_calibration()
+        assert calibration is not None
+        out_of_fold = np.array(calibration.image_scores)
+        assert len(out_of_fold) == len(images) and out_of_fold.argmax() == 2
+        assert out_of_fold[2] > 1.5 * detector.predict(images).scores[2]
+
+    @pytest.mark.parametrize(
+        ("tiles", "preprocessing", "message"),
+        [
+            (None, AS_THEY_ARE, "images that keep their resolution are scored in tiles: add --enable_patch_inference"),
+            (TileConfig(65, 32), PREPROCESSING, "--patch_size 65 is larger than the images of 64 px: use 64 or less"),
+            (TileConfig(101, 32), AS_THEY_ARE, "--patch_size 101 is larger than the images of 100 px"),
+        ],
+    )
+    def test_misfits_are_found_before_any_work(
+        self, tiles: TileConfig | None, preprocessing: PreprocessingConfig, message: str
+    ) -> None:
+        with pytest.raises(ConfigurationError, match=message):
+            FastFlow.prepare(replace(CONFIG, tiles=tiles), preprocessing, SearchConfig())
+
+
+def test_scales_average_the_maps_of_resized_images(extractor: FeatureExtractor, model: FastFlow) -> None:
+    detector = build(extractor, replace(CONFIG, post_processing=PostProcessingConfig(scales=(1.0, 1.5))))
+    detector.restore(model.tensors())
+    large = F.interpolate(TEST.float(), size=96, mode="bilinear", align_corners=False)
+    flows = model._require_fitted()
+    grid = flows.anomaly_grid(list(extractor(large).values()), "nll")
+    expected = F.interpolate(grid[:, None], size=SIDE, mode="bilinear", align_corners=False)[:, 0].detach().numpy()
+    single, joined = model.predict(TEST).maps, detector.predict(TEST).maps
+    assert single is not None and joined is not None
+    np.testing.assert_allclose(joined, (single + expected) / 2, rtol=1e-4)
+
+
+def test_scales_that_change_nothing_or_do_not_run_are_refused() -> None:
+    with pytest.raises(ConfigurationError, match=r"--multi_scale 1 and 1\.1 are both 64 px for an input of 64 px"):
+        config = replace(CONFIG, post_processing=PostProcessingConfig(scales=(1.0, 1.1)))
+        FastFlow.prepare(config, PREPROCESSING, SearchConfig())
+    vit = BackboneConfig("timm:vit_tiny_patch16_224", ("blocks.1",), weights="random")
+    with pytest.raises(ConfigurationError, match=r"takes images of 64 px alone, --multi_scale 1\.5 gives 96 px"):
+        config = replace(CONFIG, backbone=vit, post_processing=PostProcessingConfig(scales=(1.5,)))
+        FastFlow.prepare(config, PREPROCESSING, SearchConfig())
 
 
 # ---------------------------------------------------------------- stored models

@@ -211,6 +211,8 @@ def require_tensor(tensors: Mapping[str, torch.Tensor], name: str, ndim: int) ->
 def require_images(images: torch.Tensor, preprocessing: PreprocessingConfig) -> None:
     """Raise ValueError unless a batch has the shape that the preprocessing gives."""
     side = preprocessing.imagesize_px
+    if preprocessing.max_side_px is not None and images.ndim == 4 and images.shape[1] == 3:
+        return
     if images.ndim != 4 or images.shape[1:] != (3, side, side):
         raise ValueError(
             f"found images of shape {list(images.shape)}, expected [B, 3, {side}, {side}]: "

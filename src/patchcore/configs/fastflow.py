@@ -99,10 +99,10 @@ class PostProcessingConfig:
         require_choice("--smoothing", self.smoothing, SMOOTHINGS)
         require_positive("--smoothing_px", self.smoothing_px)
         if not self.scales or len(set(self.scales)) < len(self.scales):
-            raise ConfigurationError(f"--scale {self.scales}: name each scale once, at least one")
+            raise ConfigurationError(f"--multi_scale {self.scales}: name each scale once, at least one")
         for scale in self.scales:
             if not 0.25 <= scale <= 4:
-                raise ConfigurationError(f"--scale is {scale}, expected a factor from 0.25 to 4, such as 0.75")
+                raise ConfigurationError(f"--multi_scale is {scale}, expected a factor from 0.25 to 4, such as 0.75")
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ Source: Yu et al., "FastFlow: Unsupervised Anomaly Detection and Localization vi
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -33,15 +33,33 @@ from patchcore.detector import (
 )
 from patchcore.errors import ConfigurationError, DataError
 from patchcore.features.extractor import FeatureExtractor, build_extractor
+from patchcore.methods.tiles import cut_tiles, drawn_corners, resized, tiled_map
 from patchcore.methods.training import WITHOUT_HELD_OUT, EpochRecord, Training, load_weights
 from patchcore.runtime import derive_seed, progress
 from patchcore.scoring.anomaly_map import image_scores
 from patchcore.scoring.calibration import Calibration, MapStatistics, calibrate
+from patchcore.scoring.post_processing import post_processed
 
 if TYPE_CHECKING:
     from patchcore.methods.normalizing_flow import FastFlowNet
 
-IMAGES_PER_FORWARD = 8  # in calibration: bounds the latent variables that are held at once
+IMAGES_PER_FORWARD = 8  # of cached features: bounds the latent variables that are held at once
+SIZE_STEP_PX = 32  # what the strides of common backbones multiply to
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What calibration needs of the training images.
+
+    Attributes:
+        loader: The images.
+        features: For each layer float32 [R, C, H, W], as they were trained on.
+        image_of_row: Number of the image that each row belongs to, int64 [R].
+    """
+
+    loader: ImageBatches
+    features: list[torch.Tensor]
+    image_of_row: torch.Tensor
 
 
 @register_detector
@@ -75,7 +93,7 @@ class FastFlow(AnomalyDetector):
         self.device = extractor.mean.device
         self.history_: list[EpochRecord] = []
         self._flows: FastFlowNet | None = None
-        self._features: list[torch.Tensor] | None = None
+        self._training_data: TrainingData | None = None
         self._weights_epoch = 0
 
     @classmethod
@@ -87,7 +105,9 @@ class FastFlow(AnomalyDetector):
         Raises:
             ConfigurationError: Backbone, weights or layers are unknown or do not fit.
         """
+        _require_tiles(config, preprocessing)
         extractor = build_extractor(config.backbone, preprocessing.imagesize_px)
+        _require_scales(config, extractor, preprocessing.imagesize_px)
         return lambda source, device: cls(config, extractor.to(device), preprocessing, source)
 
     def fit(self, loader: ImageBatches) -> FastFlow:
@@ -98,18 +118,20 @@ class FastFlow(AnomalyDetector):
                 the history, and early stopping watches it.
 
         Raises:
-            DataError: There are no images, or the training diverged.
+            DataError: There are no images, one is smaller than a tile, or the training diverged.
             ConfigurationError: Early stopping is asked for without held-out images, or the plan resumes another
                 training.
         """
         held_out = self.plan.held_out
         if self.config.training.patience is not None and held_out is None:
             raise ConfigurationError(WITHOUT_HELD_OUT)  # before the features are computed
-        features = self._embedded(loader, "features")
-        return self.fit_features(features, None if held_out is None else self._embedded(held_out, "held-out features"))
+        features, image_of_row = self._embedded(loader, "features")
+        self._train(features, None if held_out is None else self._embedded(held_out, "held-out features")[0])
+        self._training_data = TrainingData(loader, features, image_of_row)
+        return self
 
-    def fit_features(self, features: list[torch.Tensor], held_out: list[torch.Tensor] | None = None) -> FastFlow:
-        """Train on feature maps float32 [N, C, H, W] of each layer, as `fit` does from images."""
+    def _train(self, features: list[torch.Tensor], held_out: list[torch.Tensor] | None) -> None:
+        """Train on feature maps float32 [R, C, H, W] of each layer."""
         training = self._training(features, self.config.training, "flows")
         if self.plan.resume_from is not None:
             training.load_state_dict(self.plan.resume_from)
@@ -123,23 +145,45 @@ class FastFlow(AnomalyDetector):
 
         self.history_ = training.run(features, held_out, None if after_epoch is None else report)
         self._flows = self._measured(training, features)
-        self._features, self._weights_epoch = features, training.weights_epoch
-        return self
+        self._weights_epoch = training.weights_epoch
 
-    def _embedded(self, loader: ImageBatches, what: str) -> list[torch.Tensor]:
-        """Compute the feature maps of all images once: the backbone is frozen and there is no augmentation."""
+    def _embedded(self, loader: ImageBatches, what: str) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Compute the feature maps of all images once: the backbone is frozen and there is no augmentation.
+
+        Returns:
+            For each layer float32 [R, C, H, W], a row for each image or each tile drawn from it; and the number of
+            the image that a row belongs to, int64 [R].
+        """
         if loader.num_images == 0:
             raise DataError("no training images, expected at least one")
-        buffers = [
-            torch.empty(loader.num_images, *shape).to(memory_format=torch.channels_last) for shape in self.shapes
-        ]
-        start = 0
+        tiles = self.config.tiles
+        most_rows = loader.num_images * (tiles.training_tiles if tiles else 1)
+        buffers = [torch.empty(most_rows, *shape).to(memory_format=torch.channels_last) for shape in self.shapes]
+        image_of_row: list[int] = []
+        num_images = 0
         for batch in progress(loader, f"{self.source.category}: {what}", total=len(loader)):
-            maps = self._feature_maps(batch["image"])
-            for feature_map, buffer in zip(maps, buffers, strict=True):
-                buffer[start : start + len(feature_map)] = feature_map
-            start += len(maps[0])
-        return buffers
+            inputs, image_of_input = self._training_inputs(batch["image"], num_images)
+            rows = slice(len(image_of_row), len(image_of_row) + len(inputs))
+            for feature_map, buffer in zip(self._feature_maps(inputs), buffers, strict=True):
+                buffer[rows] = feature_map
+            image_of_row += image_of_input
+            num_images += len(batch["image"])
+        return [buffer[: len(image_of_row)] for buffer in buffers], torch.tensor(image_of_row)
+
+    def _training_inputs(self, images: torch.Tensor, first: int) -> tuple[torch.Tensor, list[int]]:
+        """Return what the backbone gets of images [B, 3, H, W], and the number of each one's image from `first`."""
+        tiles = self.config.tiles
+        if tiles is None:
+            return images, list(range(first, first + len(images)))
+        inputs: list[torch.Tensor] = []
+        numbers: list[int] = []
+        for number, image in enumerate(images, start=first):
+            seed = derive_seed(self.source.seed, self.source.category, "tiles", number)
+            _, height, width = image.shape
+            corners = drawn_corners(height, width, tiles, seed)
+            inputs.append(cut_tiles(image, corners, tiles, self.preprocessing.imagesize_px))
+            numbers += [number] * len(corners)
+        return torch.cat(inputs), numbers
 
     def _feature_maps(self, images: torch.Tensor) -> list[torch.Tensor]:
         maps = self.extractor(images)
@@ -169,71 +213,108 @@ class FastFlow(AnomalyDetector):
     def out_of_fold_calibration(self) -> Calibration | None:
         """Calibrate on the training images, each scored by flows that were trained without it.
 
-        Each of a few folds is left out of a training of its own, from the cached features, for as many epochs as the
-        model's own. K folds cost K - 1 times the training of the model. PatchCore's five, or one per image, would
-        cost far more than the model; fewer folds train on fewer images, which makes scores and threshold higher, on
-        the safe side of false alarms.
+        Each of a few folds is left out of a training of its own, from the cached features and for as many epochs as
+        the model's own, and scored like new images. K folds cost K - 1 times the training of the model. PatchCore's
+        five, or one per image, would cost far more than the model; fewer folds train on fewer images, which makes
+        scores and threshold higher, on the safe side of false alarms.
 
         Raises:
             NotFittedError: Training data are there only between `fit` and `release_training_data`.
             DataError: The training of a fold diverged.
         """
-        if self._features is None:
+        data = self._training_data
+        if data is None:
             raise NotFittedError("out-of-fold calibration needs the training data: call it right after fit()")
-        num_images = len(self._features[0])
+        num_images = data.loader.num_images
         if num_images < 2:
             return None
+        fold_of_image = self._folds(num_images)
+        num_folds = int(fold_of_image.max()) + 1
+        numbers = progress(range(num_folds), f"{self.source.category}: calibration, trainings")
+        flows_of_fold = [self._fold_flows(data, fold_of_image, number) for number in numbers]
+        scores, maxima, means = (np.empty(num_images, dtype=np.float32) for _ in range(3))
+        first = 0
+        batches = progress(data.loader, f"{self.source.category}: calibration, scoring", total=len(data.loader))
+        for batch in batches:
+            fold_of_row = fold_of_image[first : first + len(batch["image"])]
+            for number in fold_of_row.unique().tolist():
+                chosen = torch.nonzero(fold_of_row == number)[:, 0]
+                prediction = self._score(flows_of_fold[number], batch["image"][chosen])
+                rows = (first + chosen).numpy()
+                assert prediction.maps is not None
+                statistics = MapStatistics.of([prediction.maps])
+                scores[rows], maxima[rows], means[rows] = prediction.scores, statistics.maxima, statistics.means
+            first += len(fold_of_row)
+        return calibrate("kfold", num_folds, scores, MapStatistics(maxima, means))
+
+    def _folds(self, num_images: int) -> torch.Tensor:
+        """Return the fold of each image, int64 [N]: a random partition into equal parts."""
         seed = derive_seed(self.source.seed, self.source.category, "folds")
         order = torch.randperm(num_images, generator=torch.Generator().manual_seed(seed))
-        folds = order.tensor_split(min(self.config.calibration_folds, num_images))
-        scores, maxima, means = (np.empty(num_images, dtype=np.float32) for _ in range(3))
-        for number, fold in enumerate(progress(folds, f"{self.source.category}: calibration")):
-            rest = order[~torch.isin(order, fold)].sort().values
-            flows = self._fold_flows([maps[rest] for maps in self._features], number)
-            for chunk in fold.split(IMAGES_PER_FORWARD):
-                part = [maps[chunk].to(self.device) for maps in self._features]
-                rows = chunk.numpy()
-                scores[rows], maps_of_part = self._score(flows, part)
-                statistics = MapStatistics.of([maps_of_part])
-                maxima[rows], means[rows] = statistics.maxima, statistics.means
-        return calibrate("kfold", len(folds), scores, MapStatistics(maxima, means))
+        fold_of_image = torch.empty(num_images, dtype=torch.int64)
+        for number, images in enumerate(order.tensor_split(min(self.config.calibration_folds, num_images))):
+            fold_of_image[images] = number
+        return fold_of_image
 
-    def _fold_flows(self, features: list[torch.Tensor], fold: int) -> FastFlowNet:
-        """Return flows trained on some of the training images, for as many epochs as the model has."""
+    def _fold_flows(self, data: TrainingData, fold_of_image: torch.Tensor, fold: int) -> FastFlowNet:
+        """Return flows trained without the images of a fold, for as many epochs as the model has."""
+        kept = torch.nonzero(fold_of_image[data.image_of_row] != fold)[:, 0]
+        features = [maps[kept] for maps in data.features]
         without_stopping = replace(self.config.training, patience=None)
         training = self._training(features, without_stopping, "fold", fold)
         training.run(features, stop_after=self._weights_epoch)
         return self._measured(training, features)
 
     def release_training_data(self) -> None:
-        self._features = None
+        self._training_data = None
 
     def predict(self, images: torch.Tensor) -> Prediction:
         """Score images by how unlikely their feature maps are.
 
         Args:
-            images: uint8 [B, 3, S, S], RGB.
+            images: uint8 [B, 3, S, S], RGB; [B, 3, H, W] where images keep their resolution.
 
         Returns:
-            Scores and maps in the unit of the map mode: bits per dimension ("nll"), the same in standard deviations
-            of normal images ("weighted"), or the negative probability ("prob").
+            Scores, and maps of the size of the images, in the unit of the map mode: bits per dimension ("nll"), the
+            same in standard deviations of normal images ("weighted"), or the negative probability ("prob"); robust
+            z-scores of these with adaptive normalisation.
 
         Raises:
             NotFittedError: `fit` has not been called.
             ValueError: The images have another size than the model's preprocessing gives.
+            DataError: They are smaller than a tile.
         """
         flows = self._require_fitted()
         require_images(images, self.preprocessing)
-        return Prediction(*self._score(flows, self._feature_maps(images)))
+        return self._score(flows, images)
 
     @torch.no_grad()
-    def _score(self, flows: FastFlowNet, features: Sequence[torch.Tensor]) -> tuple[np.ndarray, np.ndarray]:
-        """Return scores [B] and maps [B, S, S] of feature maps [B, C, H, W]."""
-        grid = flows.anomaly_grid(features, self.config.map_mode)  # [B, h, w]
-        scores = image_scores(grid, self.config.image_score)
-        size = self.preprocessing.imagesize_px
-        maps = F.interpolate(grid[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]  # [B, S, S]
-        return scores.cpu().numpy(), maps.cpu().numpy()
+    def _score(self, flows: FastFlowNet, images: torch.Tensor) -> Prediction:
+        """Return scores [B] and maps [B, H, W] of images uint8 [B, 3, H, W]: the score is read off the final map."""
+        maps = post_processed(self._maps(flows, images), images, self.config.post_processing)
+        return Prediction(image_scores(maps, self.config.image_score).cpu().numpy(), maps.cpu().numpy())
+
+    def _maps(self, flows: FastFlowNet, images: torch.Tensor) -> torch.Tensor:
+        """Return maps float32 [B, H, W], of whole images or joined from those of their tiles."""
+        tiles, input_size = self.config.tiles, self.preprocessing.imagesize_px
+        if tiles is None:
+            return self._input_maps(flows, images, input_size)
+
+        def maps_of(inputs: torch.Tensor) -> torch.Tensor:
+            return self._input_maps(flows, inputs, tiles.patch_size)
+
+        return torch.stack([tiled_map(image, tiles, input_size, maps_of) for image in images])
+
+    def _input_maps(self, flows: FastFlowNet, inputs: torch.Tensor, size: int) -> torch.Tensor:
+        """Return maps [B, size, size] of what the backbone gets [B, 3, S, S]: the mean over the scales."""
+        total = torch.zeros((), device=self.device)
+        scales = self.config.post_processing.scales
+        for scale in scales:
+            features = self._feature_maps(resized(inputs, scaled_size(inputs.shape[-1], scale)))
+            grid = flows.anomaly_grid(features, self.config.map_mode)  # [B, h, w]
+            upsampled = F.interpolate(grid[:, None], size=size, mode="bilinear", align_corners=False)
+            total = total + upsampled[:, 0] / len(scales)  # [B, size, size]
+        return total
 
     def _require_fitted(self) -> FastFlowNet:
         if self._flows is None:
@@ -265,3 +346,47 @@ class FastFlow(AnomalyDetector):
 def _map_shape(extractor: FeatureExtractor, layer: str) -> tuple[int, int, int]:
     channels, height, width = extractor.feature_shapes[layer]
     return channels, height, width
+
+
+def scaled_size(side: int, scale: float) -> int:
+    """Return the side of an input at a scale, px: a multiple of what backbones halve, but for the unscaled one."""
+    return side if scale == 1 else max(SIZE_STEP_PX, round(side * scale / SIZE_STEP_PX) * SIZE_STEP_PX)
+
+
+def _require_tiles(config: FastFlowConfig, preprocessing: PreprocessingConfig) -> None:
+    """Raise ConfigurationError if tiles are missing or larger than the images."""
+    if config.tiles is None:
+        if preprocessing.max_side_px is not None:
+            raise ConfigurationError(
+                "images that keep their resolution are scored in tiles: add --enable_patch_inference, or leave "
+                "--preserve_high_res out"
+            )
+        return
+    largest = preprocessing.max_side_px or preprocessing.imagesize_px
+    if config.tiles.patch_size > largest:
+        raise ConfigurationError(
+            f"--patch_size {config.tiles.patch_size} is larger than the images of {largest} px: use {largest} or less, "
+            "or --preserve_high_res for images at their own resolution"
+        )
+
+
+def _require_scales(config: FastFlowConfig, extractor: FeatureExtractor, imagesize_px: int) -> None:
+    """Raise ConfigurationError if the backbone does not run at each scale, or two scales are one after rounding."""
+    sizes: dict[int, float] = {}
+    for scale in config.post_processing.scales:
+        size = scaled_size(imagesize_px, scale)
+        if size in sizes:
+            raise ConfigurationError(
+                f"--multi_scale {sizes[size]:g} and {scale:g} are both {size} px for an input of {imagesize_px} px: "
+                "leave one of them out"
+            )
+        sizes[size] = scale
+        if size == imagesize_px:
+            continue
+        try:
+            extractor(torch.zeros(1, 3, size, size))
+        except (RuntimeError, AssertionError) as error:
+            raise ConfigurationError(
+                f"backbone {config.backbone.name!r} takes images of {imagesize_px} px alone, --multi_scale {scale:g} "
+                f"gives {size} px: leave --multi_scale out"
+            ) from error

@@ -54,6 +54,13 @@ def anomaly_maps(patch_scores: torch.Tensor, imagesize: int, sigma_px: float = S
     return rows @ patch_scores.float() @ columns.T  # [B, S, S]
 
 
+def smoothed(maps: torch.Tensor, sigma_px: float) -> torch.Tensor:
+    """Smooth maps float [B, H, W] with a Gaussian of standard deviation `sigma_px`; the border pixels go on outside."""
+    _, height, width = maps.shape
+    rows, columns = (_axis_matrix(length, length, sigma_px).to(maps.device) for length in (height, width))
+    return rows @ maps.float() @ columns.T
+
+
 @functools.lru_cache(maxsize=64)
 def _axis_matrix(num_patches: int, imagesize: int, sigma_px: float) -> torch.Tensor:
     """Return the [S, num_patches] matrix that upsamples and smooths along one axis."""
