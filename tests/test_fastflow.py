@@ -335,7 +335,7 @@ class TestTiles:
     def test_calibration_leaves_all_tiles_of_an_image_out(self, extractor: FeatureExtractor) -> None:
         images = TRAIN.clone()
         images[2, 0, 10:50, 10:50] = 255
-        config = replace(TILED, training=replace(CONFIG.training, epochs=10))
+        config = replace(TILED, tiles=TileConfig(32, 32), training=replace(CONFIG.training, epochs=8))
         detector = build(extractor, config).fit(Batches(images))
         calibration = detector.out_of_fold_calibration()
         assert calibration is not None

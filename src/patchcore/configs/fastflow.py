@@ -60,7 +60,7 @@ class TileConfig:
         patch_size: Side of a tile, px of the image; each is resized to the backbone's input.
         patch_stride: Distance of neighbouring tiles, px; <= patch_size, so that no pixel is left out.
         training_tiles: Tiles drawn from each training image; all where it has no more.
-        low_memory: Score tiles in small batches instead of all of an image's at once; the same maps.
+        low_memory: Score 8 tiles at once instead of 64; the same maps.
     """
 
     patch_size: int

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from patchcore.configs import TileConfig
 from patchcore.errors import DataError
 
-TILES_PER_BATCH = 8  # with low memory
+TILES_AT_ONCE = 64  # fills a GPU
+TILES_AT_ONCE_LOW_MEMORY = 8  # a tenth of the memory; on a CPU also faster
 
 MapsOf = Callable[[torch.Tensor], torch.Tensor]
 """Tiles [T, 3, S, S] at the backbone's input size to their maps [T, p, p] at the size of a tile."""
@@ -99,7 +100,7 @@ def tiled_map(image: torch.Tensor, config: TileConfig, input_size: int, maps_of:
     """
     _, height, width = image.shape
     corners = tile_corners(height, width, config)
-    at_once = TILES_PER_BATCH if config.low_memory else len(corners)
+    at_once = TILES_AT_ONCE_LOW_MEMORY if config.low_memory else TILES_AT_ONCE
     size = config.patch_size
     window = smooth_window(size)  # [p, p]
     total, weight = torch.zeros(2, height, width, dtype=torch.float64)
