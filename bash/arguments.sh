@@ -198,14 +198,18 @@ set_class_flags() {
     for class in "$@"; do class_flags+=(-d "$class"); done
 }
 
-# group_name GROUP prints the log group of a recipe, which has another name with --offline or another seed.
+# group_name GROUP prints the log group of a recipe, which has another name with --offline or another seed: a typed one
+# takes the place of a number at the end, _S0, but not of a word, as in FRONT_Screw.
 group_name() {
     local name=$1
     if [ "$offline" = yes ]; then
         name=${name/WR50_L2-3/LITE0_B2-4}
         name=${name/Ensemble_L2-3/LiteEnsemble_B2-4}
     fi
-    if [ -n "$typed_seed" ]; then name=${name%_S*}_S$typed_seed; fi
+    if [ -n "$typed_seed" ]; then
+        if [ -n "$(whole_number "${name##*_S}")" ]; then name=${name%_S*}; fi
+        name=${name}_S$typed_seed
+    fi
     printf '%s\n' "$name"
 }
 
@@ -240,14 +244,30 @@ find_models() {
     local class group script=${0##*/}
     group=$(group_name "$2")
     if ! newest_run "$RESULTS/$LOG_PROJECT/$group" models || ! list_models "$1"; then
-        printf 'no models of %s in %s: train them with %s\n' \
-            "$group" "$RESULTS/$LOG_PROJECT" "${script/evaluation/training}" >&2
+        tell_not_trained "$group" "$RESULTS/$LOG_PROJECT" "${script/evaluation/training}"
         return "$NOT_TRAINED"
     fi
     printf 'models: %s\n' "$run_folder"
     model_flags=()
     for class in "${trained[@]}"; do model_flags+=(-p "$run_folder/models/$1_$class"); done
     set_class_flags "${trained[@]}"
+}
+
+# find_model DATASET CLASS FOLDER GROUP SCRIPT sets model: that of the class in the newest run of the group in FOLDER,
+# where SCRIPT has trained it.
+find_model() {
+    local group
+    group=$(group_name "$4")
+    if ! newest_run "$3/$LOG_PROJECT/$group" "models/$1_$2"; then
+        tell_not_trained "$group" "$3/$LOG_PROJECT" "$5"
+        return "$NOT_TRAINED"
+    fi
+    model=$run_folder/models/$1_$2
+    printf 'model: %s\n' "$model"
+}
+
+tell_not_trained() {
+    printf 'no models of %s in %s: train them with %s\n' "$1" "$2" "$3" >&2
 }
 
 # list_models DATASET sets trained: CLASSES if given, else every class with a model in run_folder, in the usual order.
@@ -286,14 +306,22 @@ run_variants() {
     for variant in "${variants[@]}"; do
         attempt "$variant" "$variant" ${flags[@]+"${flags[@]}"}
     done
-    finish
+    finish "${VARIANTS:-}"
 }
 
-# finish ends the script: 1 if something failed, or if what was asked for by name or everything was skipped.
+# run_classes FUNCTION [PREFIX] runs a function for each chosen class with the class and the flags, under PREFIX<class>.
+run_classes() {
+    local class
+    for class in "${classes[@]}"; do
+        attempt "${2:-}$class" "$1" "$class" ${flags[@]+"${flags[@]}"}
+    done
+}
+
+# finish [NAMES] ends the script: 1 if something failed or everything was skipped, or anything where NAMES asked for it.
 finish() {
     local code=0
     if [ "${#skipped[@]}" -gt 0 ]; then
-        if [ -n "${VARIANTS:-}" ] || [ "$num_done" -eq 0 ]; then
+        if [[ ${1:-} = *[![:space:]]* ]] || [ "$num_done" -eq 0 ]; then
             complain "without models: ${skipped[*]}"
             code=1
         else

@@ -6,42 +6,32 @@ import os
 import shlex
 import shutil
 import subprocess
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY, RunCommand
+from shell_scripts import (
+    FEWSHOT,
+    MPDD_EVALUATION,
+    MPDD_TRAINING,
+    MVTEC_EVALUATION,
+    MVTEC_TRAINING,
+    PATH_VARIABLES,
+    SMALL,
+    Desk,
+    RunScript,
+    group,
+    render_demo_set,
+    run_whole_script,
+    values,
+    without,
+)
 
 from patchcore.cli import load_and_evaluate_patchcore, run_patchcore
 
-MPDD_TRAINING = "sample_training_mpdd.sh"
-MPDD_EVALUATION = "sample_evaluation_mpdd.sh"
-MVTEC_TRAINING = "bash/sample_training_mvtec.sh"
-MVTEC_EVALUATION = "bash/sample_evaluation_mvtec.sh"
-FEWSHOT = "bash/sample_fewshot.sh"
 TRAININGS = {MPDD_TRAINING: "MPDD_PATH", MVTEC_TRAINING: "MVTEC_PATH"}
 EVALUATIONS = {MPDD_EVALUATION: MPDD_TRAINING, MVTEC_EVALUATION: MVTEC_TRAINING}
-PATH_VARIABLES = {
-    **TRAININGS,
-    MPDD_EVALUATION: "MPDD_PATH",
-    MVTEC_EVALUATION: "MVTEC_PATH",
-    FEWSHOT: "MPDD_PATH",
-}
-CHOICES = {"VARIANTS", "CLASSES", "SHOTS", "SEEDS", "RESULTS", "EVALUATED", "LOG_PROJECT", "PYTHON"}
-OWN_VARIABLES = CHOICES | set(PATH_VARIABLES.values())
-
-# Stands for the interpreter: notes what it was called with, and fails where the test says so. Whether there is a
-# package to run is no command of the script.
-STUB = """#!/bin/sh
-if [ "$1 $2" = "-c import patchcore" ]; then
-    echo "noise of the probe" >&2
-    exit "${PROBE_CODE:-0}"
-fi
-{ printf '%s\\0' "$@"; echo; } >> "$RECORD"
-case "$*" in *"${FAIL_WITH:-no such argument}"*) exit "$FAIL_CODE" ;; esac
-"""
 
 SAVED = "--save_patchcore_model --save_segmentation_images --save_anomaly_scores"
 MPDD_CLASSES = "-d metal_plate -d bracket_white -d bracket_brown -d bracket_black"
@@ -81,80 +71,14 @@ LITE = {
 }
 
 
-@dataclass(frozen=True)
-class Ran:
-    """What a script printed, and the commands that it ran: name in bin/, then the arguments."""
-
-    code: int
-    out: str
-    err: str
-    commands: list[list[str]] = field(default_factory=list)
-
-
-@dataclass
-class Desk:
-    """A place to run scripts from, with a stub for Python and an empty data set whose path has a blank."""
-
-    folder: Path
-
-    def __post_init__(self) -> None:
-        self.data.mkdir()
-        self.stub.write_text(STUB)
-        self.stub.chmod(0o755)
-
-    @property
-    def data(self) -> Path:
-        return self.folder / "data set"
-
-    @property
-    def stub(self) -> Path:
-        return self.folder / "python stub"
-
-    def run(self, script: str, *args: object, **variables: object) -> Ran:
-        record = self.folder / "record"
-        record.unlink(missing_ok=True)
-        environment = {name: value for name, value in os.environ.items() if name not in OWN_VARIABLES}
-        environment |= {"RECORD": str(record), "PYTHON": str(self.stub), **{k: str(v) for k, v in variables.items()}}
-        command = [str(REPOSITORY / script), *map(str, args)]
-        ran = subprocess.run(command, capture_output=True, text=True, cwd=self.folder, env=environment, check=False)
-        lines = record.read_text().splitlines() if record.exists() else []
-        commands = [line.split("\0")[:-1] for line in lines]
-        assert all(Path(c[0]).parent == REPOSITORY / "bin" for c in commands)
-        return Ran(ran.returncode, ran.stdout, ran.stderr, [[Path(c[0]).name, *c[1:]] for c in commands])
-
-    def train(self, script: str, *args: object, **variables: object) -> list[list[str]]:
-        """Run a script to its good end with the data path first."""
-        ran = self.run(script, self.data, *args, **variables)
-        assert ran.code == 0, ran.err
-        assert {c[0] for c in ran.commands} == {"run_patchcore.py"}
-        return [c[1:] for c in ran.commands]
-
-    def pretend_models(self, group: str, dataset: str, *classes: str) -> Path:
-        """Make the folders that a training leaves."""
-        folder = self.folder / "results" / "project" / group
-        for name in classes:
-            (folder / "models" / f"{dataset}_{name}").mkdir(parents=True)
-        return folder.relative_to(self.folder)
-
-
 @pytest.fixture
 def desk(tmp_path: Path) -> Desk:
     return Desk(tmp_path)
 
 
-def values(command: list[str], option: str) -> list[str]:
-    """Return the values of an option in the order typed."""
-    return [command[i + 1] for i, token in enumerate(command) if token == option]
-
-
-def group(command: list[str]) -> str:
-    return values(command, "--log_group")[0]
-
-
-def without(command: list[str], *options: str) -> list[str]:
-    """Return a command without some options and their values."""
-    drop = {j for i, token in enumerate(command) if token in options for j in (i, i + 1)}
-    return [token for i, token in enumerate(command) if i not in drop]
+def test_every_script_is_tested() -> None:
+    found = [*REPOSITORY.glob("*.sh"), *REPOSITORY.glob("bash/*.sh")]
+    assert {str(p.relative_to(REPOSITORY)) for p in found} == {*PATH_VARIABLES, "bash/arguments.sh"}
 
 
 @pytest.mark.parametrize("script", [*PATH_VARIABLES, "bash/arguments.sh"])
@@ -385,7 +309,7 @@ def test_what_was_never_trained_is_skipped_unless_it_was_asked_for(desk: Desk) -
     assert broken.code == 1 and "error: failed: IM224_WR50" in broken.err
 
 
-@pytest.mark.parametrize("script", PATH_VARIABLES)
+@pytest.mark.parametrize("script", [*TRAININGS, *EVALUATIONS, FEWSHOT])
 def test_the_headings_tell_of_the_offline_backbones(script: str, desk: Desk) -> None:
     for args, end in (((), ""), (("--offline",), " (offline backbones)")):
         ran = desk.run(script, desk.data, *args, VARIANTS="IM224_WR50", SHOTS="4")
@@ -514,34 +438,18 @@ def test_fewshot_numbers_lose_their_leading_zeros(desk: Desk) -> None:
     assert [group(c) for c in ran.commands] == [f"{RECIPE}_N8_S0", f"{RECIPE}_N10_S0"]
 
 
-SMALL = shlex.split("--resize 64 --imagesize 64 --limit_test 2 --num_workers 0 --threads 1 --device cpu")
 # A larger share of so few patches, for the recipes with several neighbours.
 SMALL_TRAINING = ["-p", "0.2", "--weights", "random", "--limit_train", "6", *SMALL]
-
-RunScript = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture(scope="module")
 def rendered(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo set with few and small images."""
-    root = tmp_path_factory.mktemp("rendered") / "demo data"
-    counts = ["--size", "128", "--num_train", "6", "--num_test_good", "2", "--num_test_defect", "1"]
-    render = [sys.executable, str(REPOSITORY / "bin" / "make_demo_dataset.py"), str(root), *counts]
-    subprocess.run(render, check=True, env={**os.environ, "PYTHONPATH": str(REPOSITORY / "src")})
-    return root
+    return render_demo_set(tmp_path_factory.mktemp("rendered") / "demo data")
 
 
 @pytest.fixture
 def run_whole(tmp_path: Path) -> RunScript:
-    """Run a script with the real interpreter from a folder of its own; returns the finished process."""
-
-    def run(script: str, *args: object, **variables: str) -> subprocess.CompletedProcess[str]:
-        environment = {name: value for name, value in os.environ.items() if name not in OWN_VARIABLES}
-        environment |= {"PYTHON": sys.executable, "PYTHONPATH": str(REPOSITORY / "src"), **variables}
-        command = [str(REPOSITORY / script), *map(str, args)]
-        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
-
-    return run
+    return partial(run_whole_script, tmp_path)
 
 
 def assert_equal_tables(folder: Path, count: int) -> None:
