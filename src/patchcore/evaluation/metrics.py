@@ -149,15 +149,11 @@ def pixel_metrics(anomaly_maps: np.ndarray, masks: np.ndarray) -> PixelMetrics:
     """
     anomaly_maps, masks = np.asarray(anomaly_maps), np.asarray(masks)
     _check_maps_and_masks(anomaly_maps, masks)
-    defect, normal = masks == DEFECT, masks == NORMAL  # [N, H, W]
-    with_defect = defect.any(axis=(1, 2))  # [N]
-    scores = anomaly_maps[defect]  # [D]
-    normals_with_defects = anomaly_maps[with_defect][normal[with_defect]]  # [M]
-    normals_elsewhere = anomaly_maps[~with_defect][normal[~with_defect]]  # [M']
+    scores, normals_with_defects, normals_elsewhere = _pixel_scores(anomaly_maps, masks)
     _check_finite("anomaly map values", scores, normals_with_defects, normals_elsewhere)
     if len(scores) == 0:
         return PixelMetrics()
-    return _rank_pixels(scores, _region_ids(masks, defect), normals_with_defects, normals_elsewhere)
+    return _rank_pixels(scores, _region_ids(masks), normals_with_defects, normals_elsewhere)
 
 
 def label_regions(mask: np.ndarray) -> tuple[np.ndarray, int]:
@@ -193,6 +189,19 @@ class _CumulativeCounts:
     true_positives: np.ndarray
     false_positives: np.ndarray
     num_negatives: int
+
+
+def _pixel_scores(anomaly_maps: np.ndarray, masks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the scores of defect pixels [D], of normal ones in images with a defect [M], and in others [M'].
+
+    Image by image, since flags and copies of all maps at full resolution would take several times their memory.
+    """
+    scores, with_defects, elsewhere = ([np.empty(0, anomaly_maps.dtype)] for _ in range(3))
+    for anomaly_map, mask in zip(anomaly_maps, progress(masks, "reading the pixels of the maps"), strict=True):
+        defects = anomaly_map[mask == DEFECT]
+        scores.append(defects)
+        (with_defects if len(defects) else elsewhere).append(anomaly_map[mask == NORMAL])
+    return np.concatenate(scores), np.concatenate(with_defects), np.concatenate(elsewhere)
 
 
 def _rank_pixels(
@@ -325,21 +334,20 @@ def _area_under_curve(x: np.ndarray, y: np.ndarray, limit: float) -> float:
     return float(np.diff(x) @ (y[1:] + y[:-1]) / 2)
 
 
-def _region_ids(masks: np.ndarray, defect: np.ndarray) -> np.ndarray:
+def _region_ids(masks: np.ndarray) -> np.ndarray:
     """Number the regions of all images consecutively.
 
     Args:
-        masks: [N, H, W] as in `pixel_metrics`.
-        defect: [N, H, W] bool, the D > 0 defect pixels.
+        masks: [N, H, W] as in `pixel_metrics`, with D > 0 defect pixels.
 
     Returns:
         [D] int64 region 0, 1, ... of each defect pixel, in array order; no number is left out.
     """
     ids: list[np.ndarray] = []
     num_regions = 0
-    for i in progress(np.flatnonzero(defect.any(axis=(1, 2))), "labelling defect regions"):
-        labels, num_labels = label_regions(masks[i])
-        ids.append(labels[defect[i]] - 1 + num_regions)
+    for mask in progress(masks, "labelling defect regions"):
+        labels, num_labels = label_regions(mask)
+        ids.append(labels[mask == DEFECT] - 1 + num_regions)
         num_regions += num_labels
     return np.concatenate(ids)
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from patchcore.evaluation.metrics import image_metrics, label_regions, pixel_metrics, threshold_metrics
+from patchcore.runtime import progress
 
 
 def class_metrics(
@@ -22,8 +23,8 @@ def class_metrics(
     Args:
         scores: float [N], raw image scores.
         labels: bool [N], True for anomalous images.
-        maps: float32 [N, S, S], raw anomaly maps; None for methods without maps.
-        masks: uint8 [N, S, S] in {0, 1, 255}; None for classes without ground truth.
+        maps: float32 [N, H, W], raw anomaly maps; None for methods without maps.
+        masks: uint8 [N, H, W] in {0, 1, 255}; None for classes without ground truth.
         threshold: Image threshold; None without calibration.
 
     Returns:
@@ -75,7 +76,7 @@ def defect_metrics(
     """
     types = np.asarray(defect_types)
     rows: list[dict[str, Any]] = []
-    for defect_type in sorted(set(defect_types) - {good}):
+    for defect_type in progress(sorted(set(defect_types) - {good}), "metrics of each defect type"):
         chosen = np.flatnonzero((types == defect_type) | (types == good))
         metrics = class_metrics(
             scores[chosen],
