@@ -104,6 +104,23 @@ def test_the_ground_truth_panel_marks_the_mask_and_no_padding() -> None:
     assert inside_defect(changed).all()
 
 
+@pytest.mark.parametrize("shape", [(40, 80), (80, 40), (1, 500)])
+def test_an_oblong_image_keeps_its_shape_in_the_middle_of_its_panel(shape: tuple[int, int]) -> None:
+    height, width = (max(1, round(PANEL_PX * side / max(shape))) for side in shape)
+    top, left = (PANEL_PX - height) // 2, (PANEL_PX - width) // 2
+    image = np.zeros((*shape, 3), dtype=np.uint8)
+    mask = np.zeros(shape, dtype=np.uint8)
+    mask[:, : shape[1] // 2] = 1
+    picture = segmentation_picture(image, mask, mask.astype(np.float32), HeatScale(0, 1, 0.5), CAPTION)
+    for number in range(3):
+        drawn = (panel(picture, number) != 255).any(axis=-1)
+        expected = np.zeros((PANEL_PX, PANEL_PX), dtype=bool)
+        expected[top : top + height, left : left + width] = True
+        np.testing.assert_array_equal(drawn, expected)
+    tinted = (panel(picture, 1) != 0).any(axis=-1)[top : top + height, left : left + width]
+    assert tinted[:, : width // 2].all() and not tinted[:, width // 2 + 1 :].any()
+
+
 def test_a_scale_without_width_and_maps_outside_it() -> None:
     flat = segmentation_picture(IMAGE, None, np.zeros((SIDE, SIDE), np.float32), HeatScale(0, 0, 0), CAPTION)
     assert np.isfinite(panel(flat, 1)).all()

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from patchcore.evaluation.fewshot import CURVE_METRICS, FEWSHOT_METRICS, FewShotPoint, images_text, seeds_text
 
-PANEL_PX = 288  # side of one panel: text of 15 px stays readable beside it
+PANEL_PX = 288  # side of the square that holds a panel: text of 15 px stays readable beside it
 GAP_PX = 12
 HEADER_PX = 58
 FOOTER_PX = 30
@@ -78,9 +78,9 @@ def segmentation_picture(
     """Draw image, ground truth and heat map side by side, with the score above.
 
     Args:
-        image: uint8 [S, S, 3], the crop that was scored.
-        mask: uint8 [S, S], 1 where defect; None without ground truth.
-        anomaly_map: float [S, S], raw.
+        image: uint8 [H, W, 3], what was scored.
+        mask: uint8 [H, W], 1 where defect; None without ground truth.
+        anomaly_map: float [H, W], raw.
         scale: Colour scale of the class.
         caption: Text above the picture.
 
@@ -97,7 +97,7 @@ def segmentation_picture(
     _draw_caption(draw, caption, width)
     for number, (title, panel) in enumerate(panels):
         left = GAP_PX + number * (PANEL_PX + GAP_PX)
-        canvas.paste(panel, (left, HEADER_PX))
+        canvas.paste(panel, (left + (PANEL_PX - panel.width) // 2, HEADER_PX + (PANEL_PX - panel.height) // 2))
         draw.text((left, HEADER_PX + PANEL_PX + 6), title, fill=MUTED, font=_font(15))
     _draw_scale(canvas, draw, GAP_PX + len(panels) * (PANEL_PX + GAP_PX), scale)
     return canvas
@@ -288,8 +288,7 @@ def _truth_panel(image: np.ndarray, mask: np.ndarray) -> Image.Image:
 def _heat_panel(image: np.ndarray, anomaly_map: np.ndarray, scale: HeatScale) -> Image.Image:
     """Lay the heat map over a faded gray image, opaque where it is hot."""
     gray = np.asarray(_resized(image).convert("L")).astype(np.float64)[..., None]
-    smooth = Image.fromarray(anomaly_map.astype(np.float32)).resize((PANEL_PX, PANEL_PX), Image.Resampling.BILINEAR)
-    values = np.asarray(smooth)
+    values = np.asarray(_resized(anomaly_map.astype(np.float32)))  # [P, P]; fewer along a shorter side
     levels = scale.levels(values)
     colours = _colour_table()[(levels * 255).astype(np.uint8)]  # [P, P, 3]
     opacity = 0.25 + 0.55 * levels[..., None]
@@ -318,13 +317,15 @@ def _draw_scale(canvas: Image.Image, draw: ImageDraw.ImageDraw, left: int, scale
         )
 
 
-def _resized(image: np.ndarray) -> Image.Image:
-    return Image.fromarray(image).resize((PANEL_PX, PANEL_PX), Image.Resampling.BILINEAR)
+def _resized(image: np.ndarray, resampling: Image.Resampling = Image.Resampling.BILINEAR) -> Image.Image:
+    """Scale an image or a map so that its longer side fills the panel."""
+    height, width = image.shape[:2]
+    scale = PANEL_PX / max(height, width)
+    return Image.fromarray(image).resize((max(1, round(scale * width)), max(1, round(scale * height))), resampling)
 
 
 def _resized_flags(flags: np.ndarray) -> np.ndarray:
-    picture = Image.fromarray(flags.astype(np.uint8)).resize((PANEL_PX, PANEL_PX), Image.Resampling.NEAREST)
-    return np.asarray(picture).astype(bool)
+    return np.asarray(_resized(flags.astype(np.uint8), Image.Resampling.NEAREST)).astype(bool)
 
 
 def _outline(flags: np.ndarray) -> np.ndarray:
