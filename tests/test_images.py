@@ -411,7 +411,7 @@ def test_shorter_equals_torchvision(height: int, width: int, resize: int, side: 
 @pytest.mark.parametrize(("height", "width"), SIZES)
 def test_square_resizes_both_sides(height: int, width: int) -> None:
     placement = place(height, width, PreprocessingConfig(64, 56, "square"))
-    assert placement == Placement(64, 64, 4, 4, 56)
+    assert placement == Placement(64, 64, 4, 4, 56, 56)
     assert placement.lost_fraction == pytest.approx(1 - (56 / 64) ** 2)
 
 
@@ -420,7 +420,7 @@ def test_letterbox_by_hand() -> None:
     # above and below.
     config = PreprocessingConfig(64, 56, "letterbox")
     placement = place(100, 200, config)
-    assert placement == Placement(32, 64, -12, 4, 56)
+    assert placement == Placement(32, 64, -12, 4, 56, 56)
     image = crop_image(Image.new("RGB", (200, 100), "red"), placement)
     labels = crop_labels(np.zeros((100, 200), dtype=np.uint8), placement)
     padded = np.ones((56, 56), dtype=bool)
@@ -472,6 +472,52 @@ def test_labels_keep_their_numbers() -> None:
     cropped = crop_labels(labels, place(64, 64, PreprocessingConfig(64, 56)), padding=0)
     assert cropped.dtype == np.int32
     np.testing.assert_array_equal(cropped, labels[4:60, 4:60])
+
+
+# Own resolution
+
+
+@pytest.mark.parametrize(
+    ("size", "longest", "scored"),
+    [
+        ((100, 200), 64, (32, 64)),
+        ((200, 100), 64, (64, 32)),
+        ((64, 30), 64, (64, 30)),
+        ((31, 29), 64, (31, 29)),
+        ((65, 64), 64, (64, 63)),
+        ((3, 1000), 64, (1, 64)),
+        ((700, 701), 100, (100, 100)),
+    ],
+)
+def test_longer_side_is_bounded_and_nothing_enlarged(
+    size: tuple[int, int], longest: int, scored: tuple[int, int]
+) -> None:
+    for mode in RESIZE_MODES:
+        placement = place(*size, PreprocessingConfig(64, 56, mode, max_side_px=longest))
+        assert placement == Placement(*scored, 0, 0, *scored)
+        assert placement.lost_fraction == 0
+
+
+@pytest.mark.parametrize(("height", "width"), SIZES)
+def test_own_resolution_keeps_the_pixels(height: int, width: int) -> None:
+    pixels = gradient(height, width)
+    labels = np.arange(height * width, dtype=np.int32).reshape(height, width)
+    placement = place(height, width, PreprocessingConfig(max_side_px=1000))
+    np.testing.assert_array_equal(crop_image(Image.fromarray(pixels), placement), pixels)
+    np.testing.assert_array_equal(crop_labels(labels, placement), labels)
+
+
+def test_mask_of_a_rectangle_is_scaled_with_its_image() -> None:
+    mask = np.zeros((100, 200), dtype=np.uint8)
+    mask[20:40, 100:160] = 1
+    placement = place(100, 200, PreprocessingConfig(max_side_px=100))
+    image = crop_image(Image.fromarray(mask * 255).convert("RGB"), placement)
+    labels = crop_labels(mask, placement)
+    assert image.shape == (50, 100, 3) and labels.shape == (50, 100)
+    expected = np.zeros((50, 100), dtype=np.int32)
+    expected[10:20, 50:80] = 1
+    np.testing.assert_array_equal(labels, expected)
+    np.testing.assert_array_equal(image[..., 0] > 127, expected == 1)
 
 
 @pytest.mark.slow

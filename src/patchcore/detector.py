@@ -28,7 +28,7 @@ class Prediction:
 
     Attributes:
         scores: float32 [B], image scores.
-        maps: float32 [B, S, S], anomaly maps at the size of the images; None for methods without maps.
+        maps: float32 [B, H, W], anomaly maps at the size of the images; None for methods without maps.
         members: What each member of an ensemble gave, where the scores depend on the images scored together.
     """
 
@@ -38,7 +38,10 @@ class Prediction:
 
 
 class ImageBatches(Protocol):
-    """What `fit` reads: batches with `image` uint8 [B, 3, S, S], and their number of images."""
+    """What `fit` reads: batches with `image` uint8 [B, 3, H, W], and their number of images.
+
+    H = W = `imagesize_px`; with `max_side_px`, B = 1 and sizes differ from batch to batch.
+    """
 
     @property
     def num_images(self) -> int: ...
@@ -118,7 +121,7 @@ class AnomalyDetector(ABC):
         """Score images.
 
         Args:
-            images: uint8 [B, 3, S, S], RGB, resized and cropped as `preprocessing` says.
+            images: uint8 [B, 3, H, W], RGB, resized and cropped as `preprocessing` says.
 
         Raises:
             NotFittedError: `fit` has not been called.
@@ -155,7 +158,7 @@ class AnomalyDetector(ABC):
         return True
 
     def join(self, predictions: Sequence[Prediction]) -> Prediction:
-        """Join the predictions of the batches of one test set, at least one."""
+        """Join the predictions of the batches of one test set, at least one, with maps of one size."""
         maps = [p.maps for p in predictions if p.maps is not None]
         return Prediction(np.concatenate([p.scores for p in predictions]), np.concatenate(maps) if maps else None)
 
@@ -211,11 +214,12 @@ def require_tensor(tensors: Mapping[str, torch.Tensor], name: str, ndim: int) ->
 def require_images(images: torch.Tensor, preprocessing: PreprocessingConfig) -> None:
     """Raise ValueError unless a batch has the shape that the preprocessing gives."""
     side = preprocessing.imagesize_px
-    if preprocessing.max_side_px is not None and images.ndim == 4 and images.shape[1] == 3:
-        return
-    if images.ndim != 4 or images.shape[1:] != (3, side, side):
+    any_size = preprocessing.max_side_px is not None
+    height, width = ("H", "W") if any_size else (side, side)
+    fits = images.ndim == 4 and images.shape[1] == 3 and (any_size or images.shape[2:] == (side, side))
+    if not fits:
         raise ValueError(
-            f"found images of shape {list(images.shape)}, expected [B, 3, {side}, {side}]: "
+            f"found images of shape {list(images.shape)}, expected [B, 3, {height}, {width}]: "
             "resize and crop them as the model's preprocessing says"
         )
 

@@ -44,20 +44,21 @@ class Placement:
     Attributes:
         height, width: Size after the resize, px.
         top, left: Corner of the crop in the resized image, px; negative where the crop reaches into padding.
-        side: Side of the crop, px.
+        crop_height, crop_width: Size of the crop, px.
     """
 
     height: int
     width: int
     top: int
     left: int
-    side: int
+    crop_height: int
+    crop_width: int
 
     @property
     def lost_fraction(self) -> float:
         """Share of the image's area that the crop leaves out."""
-        kept_height = min(self.height, self.top + self.side) - max(0, self.top)
-        kept_width = min(self.width, self.left + self.side) - max(0, self.left)
+        kept_height = min(self.height, self.top + self.crop_height) - max(0, self.top)
+        kept_width = min(self.width, self.left + self.crop_width) - max(0, self.left)
         return 1 - kept_height * kept_width / (self.height * self.width)
 
 
@@ -65,7 +66,12 @@ def place(height: int, width: int, config: PreprocessingConfig) -> Placement:
     """Work out resize and centre crop for an image of `height` x `width` px.
 
     "shorter" agrees with torchvision's Resize (truncating the longer side) and CenterCrop, as in the original.
+    With `max_side_px`, the crop is the whole image, which is scaled down at most.
     """
+    if config.max_side_px is not None:
+        scale = min(1.0, config.max_side_px / max(height, width))
+        whole = max(1, round(scale * height)), max(1, round(scale * width))
+        return Placement(*whole, 0, 0, *whole)
     resize, side = config.resize_px, config.imagesize_px
     if config.resize_mode == "square":
         new_height = new_width = resize
@@ -73,7 +79,7 @@ def place(height: int, width: int, config: PreprocessingConfig) -> Placement:
         reference = min(height, width) if config.resize_mode == "shorter" else max(height, width)
         new_height = max(1, int(resize * height / reference))
         new_width = max(1, int(resize * width / reference))
-    return Placement(new_height, new_width, round((new_height - side) / 2), round((new_width - side) / 2), side)
+    return Placement(new_height, new_width, round((new_height - side) / 2), round((new_width - side) / 2), side, side)
 
 
 def read_image(path: Path) -> Image.Image:
@@ -204,10 +210,10 @@ def crop_image(image: Image.Image, placement: Placement) -> np.ndarray:
     """Resize bilinearly and crop, padding where the crop leaves the image.
 
     Returns:
-        uint8 [side, side, 3].
+        uint8 [crop_height, crop_width, 3].
     """
     resized = image.resize((placement.width, placement.height), Image.Resampling.BILINEAR)
-    canvas = Image.new("RGB", (placement.side, placement.side), PADDING_RGB)
+    canvas = Image.new("RGB", (placement.crop_width, placement.crop_height), PADDING_RGB)
     canvas.paste(resized, (-placement.left, -placement.top))
     return np.asarray(canvas)
 
@@ -221,10 +227,10 @@ def crop_labels(labels: np.ndarray, placement: Placement, padding: int = IGNORED
         padding: Value where the crop leaves the image.
 
     Returns:
-        int32 [side, side].
+        int32 [crop_height, crop_width].
     """
     image = Image.fromarray(labels.astype(np.int32))
     resized = image.resize((placement.width, placement.height), Image.Resampling.NEAREST)
-    canvas = Image.new("I", (placement.side, placement.side), padding)
+    canvas = Image.new("I", (placement.crop_width, placement.crop_height), padding)
     canvas.paste(resized, (-placement.left, -placement.top))
     return np.asarray(canvas)

@@ -163,8 +163,9 @@ def draw(records: Sequence[ImageRecord], count: int, seed: int) -> list[ImageRec
 class InspectionDataset(Dataset[Any]):
     """Images of one class and split, resized and cropped.
 
-    An item is a dictionary: `image` uint8 [3, S, S] RGB, `mask` uint8 [S, S] in {0, 1, IGNORED} (test images of
-    a class with ground truth), `index` of its record.
+    An item is a dictionary: `image` uint8 [3, H, W] RGB, `mask` uint8 [H, W] in {0, 1, IGNORED} (test images of
+    a class with ground truth), `index` of its record. H = W = `imagesize_px`, unless `max_side_px` leaves each image
+    its own size.
 
     Args:
         root: Folder of the data set.
@@ -241,11 +242,11 @@ class InspectionDataset(Dataset[Any]):
                 f"{record.path}: {image.width} x {image.height} px is too long to be resized by its shorter side: "
                 "use --resize_mode letterbox or square"
             )
-        pixels = torch.from_numpy(crop_image(image, placement).copy())  # [S, S, 3]
-        item = {"image": pixels.permute(2, 0, 1), "index": index}  # [3, S, S]
+        pixels = torch.from_numpy(crop_image(image, placement).copy())  # [H, W, 3]
+        item = {"image": pixels.permute(2, 0, 1), "index": index}  # [3, H, W]
         if self.split is DatasetSplit.TEST and self.has_masks:
             labels = self.full_mask(index, (image.height, image.width))
-            item["mask"] = torch.from_numpy(crop_labels(labels, placement).astype(np.uint8))  # [S, S]
+            item["mask"] = torch.from_numpy(crop_labels(labels, placement).astype(np.uint8))  # [H, W]
         return item
 
     def full_mask(self, index: int, size: tuple[int, int] | None = None) -> np.ndarray:

@@ -16,12 +16,12 @@ from patchcore.runtime import available_cpus
 class ImageLoader:
     """Batches of a data set, read by worker processes.
 
-    Iterating gives dictionaries of stacked items: `image` uint8 [B, 3, S, S], `mask` uint8 [B, S, S] where the
+    Iterating gives dictionaries of stacked items: `image` uint8 [B, 3, H, W], `mask` uint8 [B, H, W] where the
     data set has masks, `index` int64 [B].
 
     Args:
         dataset: What to read, in its order.
-        batch_size: Images per batch.
+        batch_size: Images per batch; always 1 where images keep their own resolution, as their sizes may differ.
         num_workers: Worker processes, at most one per CPU core and batch; 0 reads in this process.
         pin_memory: Give page-locked tensors, for copies to a GPU.
 
@@ -33,6 +33,8 @@ class ImageLoader:
         self, dataset: InspectionDataset, batch_size: int, num_workers: int = 0, pin_memory: bool = False
     ) -> None:
         self.dataset = dataset
+        if dataset.preprocessing.max_side_px is not None:
+            batch_size = 1
         num_batches = -(-len(dataset) // batch_size)
         self._loader = DataLoader(
             _ErrorsAsItems(dataset),
