@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,11 @@ import numpy as np
 import torch
 
 from patchcore.configs import DatasetConfig, EpochConfig, OutputConfig, TrainingSource
-from patchcore.datasets.images import crop_labels, place
+from patchcore.datasets.images import IGNORED, crop_labels, place
 from patchcore.datasets.inspection import GOOD, DatasetSplit, InspectionDataset
 from patchcore.datasets.loader import ImageLoader
 from patchcore.datasets.registry import dataset_class
-from patchcore.detector import AnomalyDetector, DetectorBuilder, TrainingArtifacts, TrainingPlan
+from patchcore.detector import AnomalyDetector, DetectorBuilder, Prediction, TrainingArtifacts, TrainingPlan
 from patchcore.errors import ConfigurationError, DataError
 from patchcore.evaluation.metrics import label_regions
 from patchcore.evaluation.plots import (
@@ -40,6 +40,8 @@ LOGGER = logging.getLogger(__name__)
 
 LATENCY_IMAGES = 20
 LATENCY_WARMUP = 2
+LATENCY_SECONDS = 10  # of measuring, after which LATENCY_IMAGES_AT_LEAST are enough
+LATENCY_IMAGES_AT_LEAST = 3
 EPOCH_METRICS = ("instance_auroc", "full_pixel_auroc")
 SCALE_HEADROOM = 1.5  # the threshold lies at two thirds of the colour scale: defects beyond it still differ
 
@@ -60,13 +62,23 @@ class ClassTask:
 
 @dataclass(frozen=True)
 class _TestResult:
-    """Raw results on the test images of one class, in the order of the records."""
+    """Raw results on the test images of one class, in the order of the records.
+
+    Images may differ in size: maps and masks are as high and as wide as the highest and the widest one, and those of
+    an image lie at the top left. The margin holds the map's minimum, which moves no extreme of the class, and IGNORED.
+    """
 
     scores: np.ndarray  # float32 [N]
-    maps: np.ndarray | None  # float32 [N, S, S]
-    masks: np.ndarray | None  # uint8 [N, S, S]
-    images: np.ndarray | None  # uint8 [N, 3, S, S], kept for pictures alone
+    maps: np.ndarray | None  # float32 [N, H, W]
+    masks: np.ndarray | None  # uint8 [N, H, W]
+    images: list[np.ndarray] | None  # uint8 [3, h, w] each, kept for pictures alone
+    sizes: np.ndarray  # int64 [N, 2], height and width of each image
     timings: dict[str, float | int | None]
+
+    def of_image(self, arrays: np.ndarray, index: int) -> np.ndarray:
+        """Return what `maps` or `masks` hold of one image, [h, w], without the margin."""
+        height, width = self.sizes[index]
+        return arrays[index, :height, :width]
 
 
 def train_class(
@@ -202,33 +214,62 @@ def _calibrate(
     if len(held_out) < 2:
         raise DataError(f"{len(held_out)} image(s) held out, calibration needs 2: lower --train_val_split")
     result = _predict(detector, _loader(task, held_out), keep_images=False)
-    statistics = MapStatistics.of([result.maps]) if result.maps is not None else None
-    return calibrate("split", 1, result.scores, statistics)
+    maps = result.maps
+    chunks = [result.of_image(maps, i)[None] for i in range(len(maps))] if maps is not None else []
+    return calibrate("split", 1, result.scores, MapStatistics.of(chunks) if chunks else None)
 
 
 def _predict(detector: AnomalyDetector, loader: ImageLoader, keep_images: bool) -> _TestResult:
     """Score all images of a loader, and time it."""
-    predictions, masks, images = [], [], []
+    predictions: list[Prediction] = []
+    masks: list[np.ndarray] = []
+    images: list[np.ndarray] = []
+    sizes: list[tuple[int, int]] = []
     started = time.perf_counter()
     for batch in progress(loader, f"{loader.dataset.category}: scoring", total=len(loader)):
         predictions.append(detector.predict(batch["image"]))
+        sizes += [tuple(image.shape[1:]) for image in batch["image"]]
+        # Copies: what a worker sent keeps a file open as long as it is held, and systems allow about a thousand.
         if "mask" in batch:
-            masks.append(batch["mask"].numpy())
+            masks.append(batch["mask"].numpy().copy())
         if keep_images:
-            images.append(batch["image"].numpy())
-    prediction = detector.join(predictions)
+            images += list(batch["image"].numpy().copy())
+    largest = max(height for height, _ in sizes), max(width for _, width in sizes)
+    for i, prediction in enumerate(predictions):  # one after the other: all maps may be large
+        if prediction.maps is not None and prediction.maps.shape[1:] != largest:
+            lowest = prediction.maps.min(axis=(1, 2), keepdims=True)
+            predictions[i] = replace(prediction, maps=_extended(prediction.maps, largest, lowest))
+    joined = detector.join(predictions)
     seconds = time.perf_counter() - started
     timings: dict[str, float | int | None] = {
         "test_images": loader.num_images,
         "images_per_second": loader.num_images / seconds,
     }
     return _TestResult(
-        prediction.scores,
-        prediction.maps,
-        np.concatenate(masks) if masks else None,
-        np.concatenate(images) if images else None,
+        joined.scores,
+        joined.maps,
+        np.concatenate([_extended(mask, largest, IGNORED) for mask in masks]) if masks else None,
+        images if keep_images else None,
+        np.array(sizes),
         timings,
     )
+
+
+def _extended(arrays: np.ndarray, size: tuple[int, int], fill: np.ndarray | int) -> np.ndarray:
+    """Give arrays [B, h, w] a margin at the bottom and on the right, so that they have `size`.
+
+    Args:
+        arrays: Maps or masks; they come back as they are if they have that size.
+        size: Height and width, at least those of the arrays.
+        fill: Value of the margin: one number, or [B, 1, 1].
+    """
+    height, width = arrays.shape[1:]
+    if (height, width) == size:
+        return arrays
+    extended = np.empty((len(arrays), *size), arrays.dtype)
+    extended[:] = fill
+    extended[:, :height, :width] = arrays
+    return extended
 
 
 def _latency(detector: AnomalyDetector, test: InspectionDataset) -> dict[str, float | int | None]:
@@ -236,11 +277,13 @@ def _latency(detector: AnomalyDetector, test: InspectionDataset) -> dict[str, fl
     images = [test[i]["image"][None] for i in range(min(LATENCY_IMAGES, len(test)))]
     for image in images[:LATENCY_WARMUP]:
         detector.predict(image)
-    milliseconds = []
+    milliseconds: list[float] = []
     for image in progress(images, f"{test.category}: latency"):
         started = time.perf_counter()
         detector.predict(image)
         milliseconds.append(1000 * (time.perf_counter() - started))
+        if len(milliseconds) >= LATENCY_IMAGES_AT_LEAST and sum(milliseconds) > 1000 * LATENCY_SECONDS:
+            break
     p50, p95 = np.percentile(milliseconds, [50, 95])
     return {"latency_p50_ms": float(p50), "latency_p95_ms": float(p95)}
 
@@ -321,7 +364,8 @@ def _write_scores(
     run_folder.write_image_scores(task.folder / "anomaly_scores" / f"{row_name}.csv", rows)
     if task.outputs.anomaly_maps and result.maps is not None:
         path = task.folder / "anomaly_scores" / f"{row_name}.npz"
-        run_folder.write_anomaly_maps(path, result.maps, result.masks, paths)
+        own_sizes = result.sizes if test.preprocessing.max_side_px is not None else None
+        run_folder.write_anomaly_maps(path, result.maps, result.masks, paths, own_sizes)
 
 
 def _write_pictures(
@@ -338,8 +382,9 @@ def _write_pictures(
         threshold = calibration.image.threshold if calibration else None
         name = f"{record.defect_type}/{record.path.name}"
         caption = Caption(name, record.defect_type, float(result.scores[i]), threshold)
-        mask = result.masks[i] if result.masks is not None else None
-        picture = segmentation_picture(result.images[i].transpose(1, 2, 0), mask, result.maps[i], scale, caption)
+        mask = result.of_image(result.masks, i) if result.masks is not None else None
+        image, anomaly_map = result.images[i].transpose(1, 2, 0), result.of_image(result.maps, i)
+        picture = segmentation_picture(image, mask, anomaly_map, scale, caption)
         write_bytes(folder / names[i], png_bytes(picture))
 
 

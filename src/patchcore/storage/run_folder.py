@@ -315,12 +315,25 @@ def write_image_scores(path: Path, rows: Sequence[Sequence[Cell]]) -> None:
     write_csv(path, header, [["" if c is None else str(c) for c in row] for row in rows])
 
 
-def write_anomaly_maps(path: Path, maps: np.ndarray, masks: np.ndarray | None, image_paths: Sequence[str]) -> None:
-    """Write raw anomaly maps as `.npz`: `maps` float32 [N, S, S], `masks` uint8 [N, S, S] if any, `paths` [N]."""
+def write_anomaly_maps(
+    path: Path,
+    maps: np.ndarray,
+    masks: np.ndarray | None,
+    image_paths: Sequence[str],
+    sizes: np.ndarray | None = None,
+) -> None:
+    """Write raw anomaly maps as `.npz`.
+
+    Args:
+        path: The file.
+        maps: `maps` float32 [N, H, W]. Where images differ in size, those of image i are `maps[i, :h, :w]` with
+            `h, w = sizes[i]`; beyond, the map repeats its minimum and the mask is 255.
+        masks: `masks` uint8 [N, H, W] in {0, 1, 255}: normal, defect, no part of the image; None without ground truth.
+        image_paths: `paths` [N], as bytes.
+        sizes: `sizes` int64 [N, 2], height and width of each image, px; None where all have the size of the maps.
+    """
     buffer = io.BytesIO()
     names = np.array([p.encode("utf-8", "surrogateescape") for p in image_paths])
-    if masks is None:
-        np.savez(buffer, maps=maps, paths=names)
-    else:
-        np.savez(buffer, maps=maps, masks=masks, paths=names)
+    arrays: dict[str, Any] = {"maps": maps, "masks": masks, "paths": names, "sizes": sizes}
+    np.savez(buffer, **{name: values for name, values in arrays.items() if values is not None})
     write_bytes(path, buffer.getvalue())
