@@ -1,4 +1,4 @@
-"""PatchCore on real images, through the command line."""
+"""The methods on real images, through the command line."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import RunCommand
 
 pytestmark = pytest.mark.slow
@@ -77,3 +78,29 @@ def test_train_then_evaluate_from_the_saved_model(real_data: Path, tmp_path: Pat
     assert len(false_alarms) <= 3, "mean + 3 std of out-of-fold scores flags good images seldom"
     timings = read_results(run / "timings.csv")["mpdd_metal_plate"]
     assert np.isfinite(list(timings.values())).all() and min(timings.values()) > 0
+
+
+def test_fastflow_and_the_three_forms_of_its_model(real_data: Path, tmp_path: Path, run_command: RunCommand) -> None:
+    """The preset of the offline backbone; folder, export and bare state dict give the same numbers."""
+    model = ("--backbone", "efficientnet_lite0", "--use_class_specific")
+    data = ("-d", "metal_plate", "mpdd", real_data / "mpdd")
+    trained = run_command(
+        "run_fastflow.py", "--device", "cpu", "--save_model", "--calibration", "none", "--log_group", "plate", tmp_path,
+        "dataset", *data, "fastflow", *model,
+    )  # fmt: skip
+    assert trained.returncode == 0, trained.stderr
+    run = tmp_path / "project" / "plate"
+    metrics = read_results(run / "results.csv")["mpdd_metal_plate"]
+    assert metrics["instance_auroc"] >= 0.97
+    assert metrics["full_pixel_auroc"] >= 0.97
+
+    folder = run / "models" / "mpdd_metal_plate"
+    export = folder / "fastflow_plate_final.pth"
+    torch.save(torch.load(export, weights_only=True)["state_dict"], tmp_path / "bare.pth")
+    for number, (path, described) in enumerate([(folder, ()), (export, ()), (tmp_path / "bare.pth", model)]):
+        evaluated = run_command(
+            "load_and_evaluate_fastflow.py", "--device", "cpu", tmp_path / f"again{number}",
+            "fastflow_loader", "-p", path, *described, "dataset", *data,
+        )  # fmt: skip
+        assert evaluated.returncode == 0, evaluated.stderr
+        assert (tmp_path / f"again{number}" / "results.csv").read_bytes() == (run / "results.csv").read_bytes()
