@@ -18,12 +18,16 @@ from sklearn import metrics as sklearn_metrics
 
 from patchcore import class_run
 from patchcore.configs import (
+    BackboneConfig,
     DatasetConfig,
+    FastFlowConfig,
     OutputConfig,
     PreprocessingConfig,
     RunConfig,
     RuntimeConfig,
     SearchConfig,
+    TileConfig,
+    TrainingConfig,
     TrainingSource,
 )
 from patchcore.datasets.images import IGNORED
@@ -40,6 +44,7 @@ from patchcore.detector import (
 from patchcore.evaluation.metrics import pixel_metrics
 from patchcore.evaluation.plots import Caption, HeatScale, png_bytes, segmentation_picture
 from patchcore.pipeline import TypedPreprocessing, load_and_evaluate, train_and_evaluate
+from patchcore.prediction import load_detector
 from patchcore.scoring.calibration import Calibration
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -56,6 +61,7 @@ SIZES = {
     "spot/001": ((33, 120), (26, 96)),
     "spot/002": ((70, 48), (70, 48)),
 }
+ALL_OUTPUTS = OutputConfig(segmentation_images=True, models=True, anomaly_maps=True)
 TRAINING_SIZES = [(50, 80), (80, 50), (64, 64), (120, 192)]
 
 
@@ -146,9 +152,7 @@ def run(
     """Train and evaluate the detector above on one class; returns the run folder."""
     calibration = options.pop("calibration", "split")
     dataset = DatasetConfig("folder", str(data), (category,), 0.5, 4, 0, preprocessing)
-    config = RunConfig(
-        str(out), calibration=calibration, outputs=OutputConfig(True, True, True), runtime=RuntimeConfig("cpu")
-    )
+    config = RunConfig(str(out), calibration=calibration, outputs=ALL_OUTPUTS, runtime=RuntimeConfig("cpu"))
     assert train_and_evaluate("redness", lambda _: RednessConfig(), config, dataset, SearchConfig(), lambda _: None)
     return out / "project" / "group"
 
@@ -374,6 +378,25 @@ def test_resized_and_cropped_images_have_no_sizes(data: Path, registered: None, 
 def test_maps_of_one_size_are_not_copied() -> None:
     maps = np.zeros((2, 5, 7), dtype=np.float32)
     assert class_run._extended(maps, (5, 7), 0) is maps
+
+
+def test_tiles_of_fastflow(data: Path, tmp_path: Path) -> None:
+    backbone = BackboneConfig("efficientnet_lite0", ("blocks.1",), weights="random")
+    training = TrainingConfig(epochs=1)
+    config = FastFlowConfig(backbone, flow_steps=1, training=training, tiles=TileConfig(24, 24))
+    preprocessing = PreprocessingConfig(32, 32, max_side_px=MAX_SIDE)
+    dataset = DatasetConfig("folder", str(data), ("part",), 0.5, 4, 0, preprocessing)
+    run_config = RunConfig(str(tmp_path), calibration="kfold", outputs=ALL_OUTPUTS, runtime=RuntimeConfig("cpu"))
+    assert train_and_evaluate("fastflow", lambda _: config, run_config, dataset, SearchConfig(), lambda _: None)
+    folder = tmp_path / "project" / "group"
+    stored = stored_maps(folder)
+    detector = load_detector(folder / "models" / "folder_part", torch.device("cpu"))
+    scores = read_rows(folder / "anomaly_scores" / "folder_part.csv")
+    test = InspectionDataset(data, "part", DatasetSplit.TEST, preprocessing)
+    for i, (height, width) in enumerate(size for _, size in SIZES.values()):
+        prediction = detector.predict(test[i]["image"][None])
+        np.testing.assert_allclose(stored["maps"][i, :height, :width], prediction.maps[0], rtol=1e-5)
+        assert float(scores[i]["score"]) == pytest.approx(prediction.scores[0], rel=1e-5)
 
 
 # ---------------------------------------------------------------- latency
