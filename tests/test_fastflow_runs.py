@@ -85,7 +85,7 @@ def test_every_kind_of_model_gives_the_numbers_of_the_run(
         (("--flow_steps", "3"), "--flow_steps 3 was typed, but model"),
         (("--backbone", "resnet18"), "--backbone resnet18 was typed, but model"),
         (("--layers", "blocks.1"), "was trained with blocks.1 blocks.2: leave --layers out"),
-        (("--input_size", "32"), "--imagesize 32 was typed"),
+        (("--input_size", "32"), "--input_size 32 was typed"),
     ],
 )
 def test_contradictions_name_both_values(
@@ -114,7 +114,7 @@ def test_damaged_file_is_one_line(data: Path, tmp_path: Path) -> None:
 
 def test_configuration_of_each_class_is_recorded(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "patchcore.cli.fastflow.fastflow_preset",
+        "patchcore.cli.typed_fastflow.fastflow_preset",
         lambda backbone, category: type("Preset", (), {"settings": {"clamp": 1.0 if category == "rod" else 3.0}}),
     )
     flags = ("--use_class_specific", "--epochs", "1")

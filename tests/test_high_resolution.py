@@ -43,7 +43,7 @@ from patchcore.detector import (
 )
 from patchcore.evaluation.metrics import pixel_metrics
 from patchcore.evaluation.plots import Caption, HeatScale, png_bytes, segmentation_picture
-from patchcore.pipeline import TypedPreprocessing, load_and_evaluate, train_and_evaluate
+from patchcore.pipeline import load_and_evaluate, train_and_evaluate
 from patchcore.prediction import load_detector
 from patchcore.scoring.calibration import Calibration
 
@@ -297,7 +297,7 @@ def test_a_stored_model_gives_the_same_table(data: Path, finished: Path, tmp_pat
     model = finished / "models" / "folder_part"
     dataset = DatasetConfig("folder", str(data), ("part",), num_workers=2)
     complete = load_and_evaluate(
-        ["redness"], [str(model)], TypedPreprocessing(), dataset, str(tmp_path / "again"), OutputConfig(),
+        ["redness"], [str(model)], dataset, str(tmp_path / "again"), OutputConfig(),
         RuntimeConfig("cpu"), SearchConfig(), lambda _: None,
     )  # fmt: skip
     assert complete

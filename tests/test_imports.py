@@ -29,7 +29,8 @@ ALLOWED = {
     "methods": {"features", "memory", "scoring"},
     "class_run": {"datasets", "evaluation", "scoring", "storage"},
     "prediction": {"methods", "storage"},
-    "pipeline": {"class_run", "prediction", "methods", "datasets", "scoring", "evaluation", "storage", "tracking"},
+    "stored_models": {"prediction", "storage"},
+    "pipeline": {"class_run", "stored_models", "methods", "datasets", "evaluation", "storage", "tracking"},
     "comparison": {"storage", "evaluation"},
     "presets": set(),
     "tracking": set(),
@@ -38,7 +39,7 @@ ALLOWED = {
     "runtime": set(),
     "errors": set(),
 }
-CLI_CALLBACKS_MAY_IMPORT = {"pipeline", "datasets", "comparison"}
+CLI_CALLBACKS_MAY_IMPORT = {"pipeline", "stored_models", "datasets", "comparison"}
 ONE_HOME = {
     "FrEIA": "methods/normalizing_flow.py",
     "click": "cli/",

@@ -7,13 +7,12 @@ one class ends that class alone.
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import platform
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +29,16 @@ from patchcore.configs import (
     RunConfig,
     RuntimeConfig,
     SearchConfig,
-    TrainingSource,
 )
 from patchcore.datasets.inspection import DatasetSplit, resolve_categories
 from patchcore.datasets.registry import dataset_class
 from patchcore.detector import DETECTORS, DetectorBuilder
 from patchcore.errors import ConfigurationError, DataError
 from patchcore.evaluation.report import text_table
-from patchcore.prediction import StoredModel, prepare_stored, read_header
-from patchcore.runtime import log_to_file, progress, reset_peak_memory, resolve_device, set_threads
+from patchcore.runtime import log_to_file, reset_peak_memory, resolve_device, set_threads
 from patchcore.storage import run_folder
-from patchcore.storage.model_folder import FORMAT_VERSION, ModelHeader
 from patchcore.storage.run_folder import ClassResult
+from patchcore.stored_models import TypedModel, match_models, open_models
 from patchcore.tracking import Tracker, open_tracker, require_trackers
 
 LOGGER = logging.getLogger(__name__)
@@ -304,75 +301,29 @@ def _write_seed_table(
     announce(f"mean and standard deviation over {len(finished)} seeds: {path}")
 
 
-@dataclass(frozen=True)
-class TypedPreprocessing:
-    """Resize and crop as typed for a stored model; None where not typed."""
-
-    resize_px: int | None = None
-    imagesize_px: int | None = None
-    resize_mode: str | None = None
-
-
-@dataclass(frozen=True)
-class TypedSetting:
-    """An option that was typed for a stored model and has to agree with it.
-
-    Attributes:
-        option: As typed, such as "--flow_steps".
-        path: Names that lead to its value in the model's configuration, such as ("training", "lr").
-        value: The JSON value typed.
-    """
-
-    option: str
-    path: tuple[str, ...]
-    value: Any
-
-
-@dataclass(frozen=True)
-class TypedModel:
-    """What was typed of stored models besides where they are.
-
-    Attributes:
-        settings: What has to agree with the configurations of the models.
-        describe: Header of a bare state dict of a class; None where what was typed does not describe one.
-    """
-
-    settings: tuple[TypedSetting, ...] = ()
-    describe: Callable[[str], ModelHeader] | None = None
-
-
-def typed_header(
-    method: str, config: dict[str, Any], preprocessing: PreprocessingConfig, dataset: str, category: str
-) -> ModelHeader:
-    """Return what a bare state dict does not say of itself; it has no calibration."""
-    return ModelHeader(FORMAT_VERSION, method, config, preprocessing, TrainingSource(dataset, category))
-
-
 def load_and_evaluate(
     methods: Sequence[str],
     model_paths: Sequence[str],
-    typed: TypedPreprocessing,
     dataset: DatasetConfig,
     save_folder: str,
     outputs: OutputConfig,
     runtime: RuntimeConfig,
     search: SearchConfig,
     announce: Announce,
-    typed_model: TypedModel | None = None,
+    typed: TypedModel | None = None,
 ) -> bool:
     """Evaluate stored models; the numbers are those of the run that trained them.
 
     Args:
         methods: The methods the models may be of.
         model_paths: Model folders, exports or bare state dicts.
-        typed: Resize and crop as typed; they must agree with those of the models.
         dataset: What to read; its preprocessing is taken from the models.
         save_folder: Where the tables go; a number is appended if it exists.
         outputs: Optional files.
         runtime: Device and threads.
         search: How neighbours are searched.
         announce: Receives the lines meant for the user.
-        typed_model: Options that the models must agree with, and what describes a bare state dict.
+        typed: Options that the models must agree with, and what describes a bare state dict.
 
     Returns:
         Whether every class was finished.
@@ -380,17 +331,9 @@ def load_and_evaluate(
     Raises:
         ConfigurationError: Something is wrong with the arguments or a model; nothing has been written then.
     """
-    repeated = sorted({path for path in model_paths if model_paths.count(path) > 1})
-    if repeated:
-        raise ConfigurationError(f"model {repeated[0]!r} is named twice: name each -p once")
-    typed_model = typed_model or TypedModel()
-    headers = _read_headers([Path(path) for path in model_paths], typed_model, dataset.categories)
-    for path, header in headers.items():
-        _require_agreement(path, header, methods, typed)
-        _require_same_settings(path, header, typed_model.settings)
-    preprocessing = _shared_preprocessing(headers)
-    paths = _match_models(headers, dataset.categories)
-    dataset = replace(dataset, categories=tuple(paths), preprocessing=preprocessing)
+    matched = match_models(model_paths, methods, typed or TypedModel(), dataset.categories)
+    preprocessing = next(iter(matched.values()))[1].preprocessing  # that of all
+    dataset = replace(dataset, categories=tuple(matched), preprocessing=preprocessing)
     resolve_categories(dataset, dataset_class(dataset.name).categories, needs_training=False)
     target = Path(save_folder)
     if target.name in ("", "..") or target.is_file():
@@ -398,7 +341,7 @@ def load_and_evaluate(
     run_folder.require_writable(target.parent)
     set_threads(runtime.threads)
     search = _limited(search, runtime)
-    models = _open_models({category: (path, headers[path]) for category, path in paths.items()}, search)
+    models = open_models(matched, search)
     device = resolve_device(runtime.device, runtime.gpus)
     folder = run_folder.claim_folder(target.parent, target.name)
     task = ClassTask(folder, dataset, outputs, device)
@@ -421,106 +364,3 @@ def load_and_evaluate(
         results, failures = _process_classes(task, process, skip_existing=False, tracker=Tracker([]))
     _announce_results(folder, outputs, results, failures, announce)
     return not failures
-
-
-def _read_headers(paths: Sequence[Path], typed: TypedModel, categories: Sequence[str]) -> dict[Path, ModelHeader]:
-    """Read what each model says of itself; what was typed describes a bare state dict, of the class at its place."""
-    headers: dict[Path, ModelHeader] = {}
-    for position, path in enumerate(paths):
-        header = read_header(path)
-        if header is None:
-            if typed.describe is None or position >= len(categories):
-                missing = "the options of its model, such as --backbone" if typed.describe is None else "its class (-d)"
-                raise ConfigurationError(
-                    f"{str(path)!r} is a bare state dict, which does not say what it belongs to: type {missing}"
-                )
-            header = typed.describe(categories[position])
-        headers[path] = header
-    return headers
-
-
-def _require_same_settings(path: Path, header: ModelHeader, settings: Sequence[TypedSetting]) -> None:
-    """Raise ConfigurationError if an option was typed with another value than the model's."""
-    for setting in settings:
-        stored: Any = header.config
-        for name in setting.path:
-            stored = stored.get(name) if isinstance(stored, dict) else None
-        stored = list(stored) if isinstance(stored, (list, tuple)) else stored
-        if stored != setting.value:
-            raise ConfigurationError(
-                f"{setting.option} {_shown(setting.value)} was typed, but model {str(path)!r} was trained with "
-                f"{_shown(stored)}: leave {setting.option} out"
-            )
-
-
-def _shown(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _open_models(models: dict[str, tuple[Path, ModelHeader]], search: SearchConfig) -> dict[str, StoredModel]:
-    """Read every model once, so that a damaged one is found before any work; models share equal backbones.
-
-    Raises:
-        ConfigurationError: A model is damaged, or needs something that is not there.
-    """
-    builders: dict[str, DetectorBuilder] = {}
-    opened: dict[str, StoredModel] = {}
-    for category, (path, header) in progress(models.items(), "models"):
-        key = json.dumps([header.method, header.config], sort_keys=True)
-        if key not in builders:
-            builders[key] = prepare_stored(header, str(path), search)
-        opened[category] = StoredModel(path, header, builders[key])
-        opened[category].restore(torch.device("cpu"))  # dropped at once: all memory banks together may be large
-    return opened
-
-
-def _require_agreement(path: Path, header: ModelHeader, methods: Sequence[str], typed: TypedPreprocessing) -> None:
-    """Raise ConfigurationError if a model is of another method or another image size was typed."""
-    if header.method not in methods:
-        raise ConfigurationError(f"model {str(path)!r} is of method {header.method!r}, expected {' or '.join(methods)}")
-    pairs = [
-        ("--resize", typed.resize_px, header.preprocessing.resize_px),
-        ("--imagesize", typed.imagesize_px, header.preprocessing.imagesize_px),
-        ("--resize_mode", typed.resize_mode, header.preprocessing.resize_mode),
-    ]
-    for option, asked, stored in pairs:
-        if asked is not None and asked != stored:
-            raise ConfigurationError(
-                f"{option} {asked} was typed, but model {str(path)!r} was trained with {stored}: leave {option} out"
-            )
-
-
-def _shared_preprocessing(headers: dict[Path, ModelHeader]) -> PreprocessingConfig:
-    """Return the preprocessing of all models, or raise ConfigurationError if they differ."""
-    (first_path, first), *others = headers.items()
-    for path, header in others:
-        if header.preprocessing != first.preprocessing:
-            raise ConfigurationError(
-                f"models {str(first_path)!r} and {str(path)!r} were trained with different resize or crop: "
-                "evaluate them in two calls"
-            )
-    return first.preprocessing
-
-
-def _match_models(headers: dict[Path, ModelHeader], categories: Sequence[str]) -> dict[str, Path]:
-    """Return {category: model folder}, matched by the class stored in each model, by order where none is stored.
-
-    Raises:
-        ConfigurationError: A class has no model or two, or a model without a class has no partner.
-    """
-    models: dict[str, Path] = {}
-    for position, (path, header) in enumerate(headers.items()):
-        category = header.source.category
-        if not category:
-            if position >= len(categories):
-                raise ConfigurationError(f"model {str(path)!r} stores no class: name it with a -d at the same place")
-            category = categories[position]
-        if category in models:
-            raise ConfigurationError(f"models {str(models[category])!r} and {str(path)!r} are both of {category!r}")
-        models[category] = path
-    for category in categories:
-        if category not in models:
-            raise ConfigurationError(f"no model of class {category!r} among the -p, found {', '.join(models)}")
-    for category in [c for c in models if categories and c not in categories]:
-        LOGGER.warning("model %s is of class %s, which no -d names: left out", models[category], category)
-    return {c: models[c] for c in (categories or models)}

@@ -68,6 +68,23 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     return read_torch_file(path).tensors if path.is_file() else read_model_tensors(path)
 
 
+def stored_config(header: ModelHeader, where: str) -> Any:
+    """Return the configuration of a stored model, with the defaults of what it does not name.
+
+    Args:
+        header: What the model says of itself.
+        where: Name of the model, for messages.
+
+    Raises:
+        ConfigurationError: The method is unknown, or the configuration none of it.
+    """
+    try:
+        require_choice("method", header.method, DETECTORS)
+        return config_from_dict(DETECTORS[header.method].config_class, header.config, "config")
+    except ConfigurationError as error:
+        raise ConfigurationError(f"model {where!r}: {error}") from error
+
+
 def prepare_stored(header: ModelHeader, where: str, search: SearchConfig) -> DetectorBuilder:
     """Load what a stored model needs beside its tensors, such as the backbone.
 
@@ -79,11 +96,9 @@ def prepare_stored(header: ModelHeader, where: str, search: SearchConfig) -> Det
     Raises:
         ConfigurationError: The method is unknown, or the configuration names something that is not there.
     """
+    config = stored_config(header, where)
     try:
-        require_choice("method", header.method, DETECTORS)
-        detector = DETECTORS[header.method]
-        config: Any = config_from_dict(detector.config_class, header.config, "config")
-        return detector.prepare(config, header.preprocessing, search)
+        return DETECTORS[header.method].prepare(config, header.preprocessing, search)
     except ConfigurationError as error:
         raise ConfigurationError(f"model {where!r}: {error}") from error
 

@@ -9,6 +9,7 @@ As in the original, every step returns one value. More forgiving than plain clic
   only one, so that a shell script can append "$@" behind its last step. The present step wins for its own options.
 - Of an option with one value the token typed last counts, wherever it was typed; of a repeatable option, all that is
   typed behind one part, which replaces what was typed of it behind an earlier one. So what a user appends wins.
+- A command may name options of which two different values are an error instead.
 """
 
 from __future__ import annotations
@@ -103,6 +104,14 @@ class _TypedOption:
     present: str
     homes: list[str]
 
+    @property
+    def name(self) -> str:
+        return self.tokens[0].partition("=")[0]
+
+    @property
+    def value(self) -> str:
+        return self.tokens[1] if len(self.tokens) > 1 else self.tokens[0].partition("=")[2]
+
 
 class ShortenedStep(click.Command):
     """A step whose first argument is left out exactly when one of its options is typed; it is "" then.
@@ -127,12 +136,14 @@ class ChainedCommand(OneLineErrors, click.Group):
 
     Args:
         required_steps: For each step that is needed, the alternative names of it.
+        once: Options of which no two different values may be typed, wherever they stand.
     """
 
-    def __init__(self, *args: Any, required_steps: Sequence[str] = (), **extra: Any) -> None:
+    def __init__(self, *args: Any, required_steps: Sequence[str] = (), once: Sequence[str] = (), **extra: Any) -> None:
         fixed = {"chain": True, "subcommand_metavar": "STEP [OPTIONS] ARGS ...", "epilog": RULE}
         super().__init__(*args, **{**extra, **fixed})
         self.required_steps = tuple(required_steps)
+        self.once = tuple(once)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if HELP in args:
@@ -145,6 +156,7 @@ class ChainedCommand(OneLineErrors, click.Group):
         missing = [name for name in self.required_steps if name not in arguments]
         if missing:
             raise click.UsageError(f"step {missing[0]} is missing, expected {self._expected()}")
+        self._require_one_value(options)
         return super().parse_args(ctx, self._options_first(arguments, options))
 
     def _show_help(self, ctx: click.Context, before: Sequence[str]) -> None:
@@ -153,6 +165,13 @@ class ChainedCommand(OneLineErrors, click.Group):
         context = click.Context(steps[-1], ctx, info_name=steps[-1].name) if steps else ctx
         click.echo(context.get_help())
         ctx.exit()
+
+    def _require_one_value(self, options: Sequence[_TypedOption]) -> None:
+        for name in self.once:
+            values = [option.value for option in options if option.name == name]
+            other = next((value for value in values if value != values[0]), None)
+            if other is not None:
+                raise click.UsageError(f"{name} is {values[0]!r} and then {other!r}: type it once")
 
     def _expected(self) -> str:
         arguments = [p.human_readable_name for p in self.params if isinstance(p, click.Argument)]

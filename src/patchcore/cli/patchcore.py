@@ -24,6 +24,7 @@ from patchcore.cli.steps import (
     refuse_augment,
     runtime_config,
     sampler_step,
+    typed_preprocessing,
     with_options,
 )
 from patchcore.configs import (
@@ -43,6 +44,7 @@ from patchcore.configs import (
     TrackingConfig,
     require_at_least,
 )
+from patchcore.configs.typed import TypedSetting
 from patchcore.runtime import log_to_console
 
 LOGGER = logging.getLogger(__name__)
@@ -277,18 +279,19 @@ def _load_and_evaluate(
     runtime: RuntimeConfig = runtime_config(gpus, device, threads)
     log_to_console()
     quiet_libraries()
-    from patchcore.pipeline import TypedPreprocessing, load_and_evaluate
+    from patchcore.pipeline import load_and_evaluate
+    from patchcore.stored_models import TypedModel
 
     complete = load_and_evaluate(
         methods=("patchcore", "ensemble"),
         model_paths=paths,
-        typed=TypedPreprocessing(**typed),
         dataset=dataset,
         save_folder=save_folder,
         outputs=OutputConfig(save_segmentation_images, False, save_anomaly_scores),
         runtime=runtime,
         search=search,
         announce=announce,
+        typed=TypedModel(tuple(typed)),
     )
     return 0 if complete else EXIT_FAILED
 
@@ -328,11 +331,10 @@ def stored_dataset_step(
     num_workers: int,
     limit_test: int | None,
     augment: bool,
-) -> tuple[str, tuple[DatasetConfig, dict[str, Any]]]:
+) -> tuple[str, tuple[DatasetConfig, list[TypedSetting]]]:
     """Read the test images; resize and crop are those of the models, typed ones must agree."""
     refuse("--train_val_split", train_val_split, 1.0, "stored models are not trained again")
     refuse_augment(augment)
-    typed = {"resize_px": resize, "imagesize_px": imagesize, "resize_mode": resize_mode}
     dataset = DatasetConfig(
         name=name,
         path=data_path,
@@ -341,7 +343,7 @@ def stored_dataset_step(
         num_workers=num_workers,
         limit_test=limit_test,
     )
-    return "dataset", (dataset, typed)
+    return "dataset", (dataset, typed_preprocessing(resize, imagesize, resize_mode))
 
 
 run_patchcore.add_command(sampler_step)

@@ -15,6 +15,7 @@ from patchcore.configs import (
     RuntimeConfig,
     SamplerConfig,
 )
+from patchcore.configs.typed import TypedSetting
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -101,13 +102,25 @@ AUGMENT_OPTION = click.option("--augment", is_flag=True, help="Refused: no metho
 def refuse(option: str, value: object, default: object, reason: str) -> None:
     """Refuse a value that would change nothing: an option without effect misleads."""
     if value != default:
-        shown = "leave it out" if default == () else f"use {default} or leave it out"
-        raise click.UsageError(f"{option} {value} is not available, {reason}: {shown}")
+        typed = option if value is True else f"{option} {value}"
+        has_no_default = default is None or default is False or default == ()
+        remedy = "leave it out" if has_no_default else f"use {default} or leave it out"
+        raise click.UsageError(f"{typed} is not available, {reason}: {remedy}")
 
 
 def refuse_augment(augment: bool) -> None:
     if augment:
         raise click.UsageError("--augment is not available: the original declares it without any effect: leave it out")
+
+
+def typed_preprocessing(resize: int | None, imagesize: int | None, resize_mode: str | None) -> list[TypedSetting]:
+    """Return what was typed of resize and crop, which stored models have to agree with."""
+    values = {"resize_px": resize, "imagesize_px": imagesize, "resize_mode": resize_mode}
+    return [
+        TypedSetting(f"--{name.removesuffix('_px')}", ("preprocessing", name), value)
+        for name, value in values.items()
+        if value is not None
+    ]
 
 
 DATASET_ARGUMENTS: tuple[Callable[[Any], Any], ...] = (

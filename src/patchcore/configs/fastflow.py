@@ -146,5 +146,5 @@ class FastFlowConfig:
         require_not_negative("feature noise", self.feature_noise)
         require_choice("--map_mode", self.map_mode, MAP_MODES)
         require_choice("--image_score", self.image_score, IMAGE_SCORES)
-        require_choice("precision", self.precision, PRECISIONS)
+        require_choice("--precision", self.precision, PRECISIONS)
         require_at_least("calibration folds", self.calibration_folds, 2)

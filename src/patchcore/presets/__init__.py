@@ -2,6 +2,9 @@
 
 `fastflow.json` holds {backbone: {class: settings}}; the class "default" stands for all that are not named. Each entry
 says in `source` where its values come from. A setting is a field of the method's configuration or of its training.
+
+Our own values were developed on efficientnet_lite0, without a look at test images; efficientnet_lite1 and
+efficientnet_lite2, its larger siblings, take them over as they are.
 """
 
 from __future__ import annotations
@@ -75,6 +78,11 @@ def fastflow_backbone(name: str, file: Path = BACKBONES_FILE) -> FastFlowBackbon
     if name not in known:
         return FastFlowBackbone(name, (), None)
     return config_from_dict(FastFlowBackbone, known[name], f"{file.name}: {name}")
+
+
+def fastflow_backbone_names(file: Path = BACKBONES_FILE) -> tuple[str, ...]:
+    """Return the backbones that the file names."""
+    return tuple(_read_object(file))
 
 
 def fastflow_preset(backbone: str, category: str, file: Path = FASTFLOW_FILE) -> Preset:

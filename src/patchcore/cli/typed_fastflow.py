@@ -1,0 +1,291 @@
+"""What was typed of FastFlow and its images, and the configurations that follow from it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from patchcore.cli.steps import typed_preprocessing
+from patchcore.configs import (
+    BackboneConfig,
+    DatasetConfig,
+    FastFlowConfig,
+    PreprocessingConfig,
+    TileConfig,
+    near_matches,
+)
+from patchcore.configs.typed import ANY_VALUE, TypedSetting
+from patchcore.errors import ConfigurationError
+from patchcore.presets import fastflow_backbone, fastflow_backbone_names, fastflow_preset, with_settings
+
+DEFAULT_IMAGESIZE_PX = 224
+DEFAULT_MAX_SIDE_PX = 1024
+RESIZE_RATIO = 256 / 224  # of resize and crop, as in the defaults for 224 px
+DEFAULT_BACKBONE = "resnet18"
+
+# Where a typed option is in FastFlowConfig.
+SETTING_PATHS: dict[str, tuple[str, ...]] = {
+    "flow_steps": ("flow_steps",),
+    "hidden_ratio": ("hidden_ratio",),
+    "conv3x3_only": ("conv3x3_only",),
+    "clamp": ("clamp",),
+    "feature_noise": ("feature_noise",),
+    "map_mode": ("map_mode",),
+    "image_score": ("image_score",),
+    "precision": ("precision",),
+    "epochs": ("training", "epochs"),
+    "lr": ("training", "lr"),
+    "weight_decay": ("training", "weight_decay"),
+    "schedule": ("training", "schedule"),
+    "grad_clip": ("training", "grad_clip"),
+    "patience": ("training", "patience"),
+    "smoothing": ("post_processing", "smoothing"),
+    "smoothing_px": ("post_processing", "smoothing_px"),
+    "adaptive_normalization": ("post_processing", "adaptive_normalization"),
+    "multi_scale": ("post_processing", "scales"),
+}
+LOW_MEMORY = ("config", "tiles", "low_memory")
+
+
+@dataclass(frozen=True)
+class TypedDataset:
+    """The step `dataset` as typed; None where nothing was."""
+
+    name: str
+    path: str
+    categories: tuple[str, ...]
+    batch_size: int | None
+    num_workers: int
+    train_val_split: float
+    limit_train: int | None
+    limit_test: int | None
+    resize: int | None
+    imagesize: int | None
+    resize_mode: str | None
+    preserve_high_res: bool
+    max_side: int | None
+
+    def config(self, preprocessing: PreprocessingConfig) -> DatasetConfig:
+        return DatasetConfig(
+            name=self.name,
+            path=self.path,
+            categories=self.categories,
+            train_val_split=self.train_val_split,
+            batch_size=DatasetConfig.batch_size if self.batch_size is None else self.batch_size,
+            num_workers=self.num_workers,
+            preprocessing=preprocessing,
+            limit_train=self.limit_train,
+            limit_test=self.limit_test,
+        )
+
+    def preprocessing(self, imagesize_px: int) -> PreprocessingConfig:
+        """Return how images become what a detector sees.
+
+        Args:
+            imagesize_px: Side of the centre crop, or of the resized tiles of images that keep their resolution.
+
+        Raises:
+            ConfigurationError: An option that has no effect beside the others was typed.
+        """
+        usual_resize = round(imagesize_px * RESIZE_RATIO)
+        if not self.preserve_high_res:
+            if self.max_side is not None:
+                raise ConfigurationError(
+                    f"--max_side {self.max_side} bounds images that keep their resolution: type --preserve_high_res "
+                    "as well, or leave --max_side out"
+                )
+            resize = usual_resize if self.resize is None else self.resize
+            return PreprocessingConfig(resize, imagesize_px, self.resize_mode or PreprocessingConfig.resize_mode)
+        if self.resize_mode is not None:
+            raise ConfigurationError(
+                f"--resize_mode {self.resize_mode} has no effect with --preserve_high_res, which keeps the shape of "
+                "each image: leave one of the two out"
+            )
+        max_side = DEFAULT_MAX_SIDE_PX if self.max_side is None else self.max_side
+        return PreprocessingConfig(usual_resize, imagesize_px, max_side_px=max_side)
+
+    def stored_settings(self) -> list[TypedSetting]:
+        """Return what stored models have to agree with."""
+        settings = typed_preprocessing(self.resize, self.imagesize, self.resize_mode)
+        path = ("preprocessing", "max_side_px")
+        if self.preserve_high_res:
+            settings.append(TypedSetting("--preserve_high_res", path, ANY_VALUE))
+        if self.max_side is not None:
+            settings.append(TypedSetting("--max_side", path, self.max_side))
+        return settings
+
+
+@dataclass(frozen=True)
+class TypedTiles:
+    """The options of patch inference as typed; None where not."""
+
+    enabled: bool
+    patch_size: int | None
+    patch_stride: int | None
+    training_tiles: int | None
+    low_memory: bool
+
+    def config(self, preprocessing: PreprocessingConfig) -> TileConfig | None:
+        """Return the tiles; None where whole images are scored.
+
+        Raises:
+            ConfigurationError: An option of tiles was typed without them, images keep a size that only tiles can have,
+                or tiles are larger than the images.
+        """
+        if not self.enabled:
+            option = next((setting.option for setting in self._typed()), None)
+            option = option or ("--preserve_high_res" if preprocessing.max_side_px is not None else None)
+            if option is not None:
+                raise ConfigurationError(
+                    f"{option} without --enable_patch_inference: type both to score tiles of the images, or leave "
+                    f"{option} out"
+                )
+            return None
+        size = preprocessing.imagesize_px if self.patch_size is None else self.patch_size
+        self._require_room(size, preprocessing)
+        return TileConfig(
+            patch_size=size,
+            patch_stride=max(1, size // 2) if self.patch_stride is None else self.patch_stride,
+            training_tiles=TileConfig.training_tiles if self.training_tiles is None else self.training_tiles,
+            low_memory=self.low_memory,
+        )
+
+    @staticmethod
+    def _require_room(size: int, preprocessing: PreprocessingConfig) -> None:
+        """Raise ConfigurationError if no image has room for a tile."""
+        if preprocessing.max_side_px is not None:
+            largest, source = preprocessing.max_side_px, "--max_side allows"
+            remedy = f"a --max_side of {size} or more"
+        else:
+            largest, source = preprocessing.imagesize_px, "resize and crop leave"
+            remedy = "--preserve_high_res on dataset"
+        if size > largest:
+            raise ConfigurationError(
+                f"--patch_size {size} is larger than the images, of which {source} {largest} px: use {largest} or "
+                f"less, or {remedy}"
+            )
+
+    def _typed(self) -> Iterator[TypedSetting]:
+        """Yield what was typed besides --enable_patch_inference."""
+        for name in ("patch_size", "patch_stride", "training_tiles"):
+            if getattr(self, name) is not None:
+                yield TypedSetting(f"--{name}", ("config", "tiles", name), getattr(self, name))
+        if self.low_memory:
+            yield TypedSetting("--low_memory", LOW_MEMORY, True)
+
+    def stored_settings(self) -> list[TypedSetting]:
+        """Return what stored models have to agree with."""
+        enabled = TypedSetting("--enable_patch_inference", ("config", "tiles"), ANY_VALUE)
+        sizes = [setting for setting in self._typed() if setting.path != LOW_MEMORY]
+        return [enabled, *sizes] if self.enabled else sizes
+
+    def overrides(self) -> list[TypedSetting]:
+        """Return what may differ from stored models: it bounds memory and leaves every map as it is."""
+        return [setting for setting in self._typed() if setting.path == LOW_MEMORY]
+
+
+@dataclass(frozen=True)
+class TypedFastFlow:
+    """The options of the model as typed.
+
+    Attributes:
+        backbone: As typed; None if not.
+        layers: As typed; empty for the backbone's own.
+        weights: As in BackboneConfig; None if not typed.
+        normalization: As in BackboneConfig; None if not typed.
+        input_size: Side of the images that the backbone gets, px; None if not typed.
+        use_class_specific: Take the preset of each class.
+        tiles: Options of patch inference.
+        settings: Every other option that was typed, by its name in SETTING_PATHS.
+    """
+
+    backbone: str | None
+    layers: tuple[str, ...]
+    weights: str | None
+    normalization: str | None
+    input_size: int | None
+    use_class_specific: bool
+    tiles: TypedTiles
+    settings: Mapping[str, Any]
+
+    def backbone_config(self) -> BackboneConfig:
+        """Return the backbone, with the layers that stand for it when none is typed."""
+        typed = self.backbone or DEFAULT_BACKBONE
+        known = fastflow_backbone(typed)
+        layers = self.layers or known.layers
+        if not layers:
+            raise ConfigurationError(
+                f"backbone {typed!r} has no layers of its own here ({near_matches(typed, fastflow_backbone_names())}): "
+                "mend the name, or name each layer with --layers"
+            )
+        weights = _weights(self.weights or "pretrained")
+        return BackboneConfig(known.name, layers, weights, self.normalization or "imagenet")
+
+    def config_of(self, category: str, dataset: TypedDataset) -> FastFlowConfig:
+        """Return the configuration of a class: default, then preset, then what was typed; the later beats the earlier.
+
+        Args:
+            category: The class.
+            dataset: The images as typed; what is not typed of their batches is the default's or the preset's.
+
+        Raises:
+            ConfigurationError: A value is wrong or has no effect beside the others.
+        """
+        config = FastFlowConfig(self.backbone_config())
+        if self.use_class_specific:
+            config = with_settings(config, fastflow_preset(config.backbone.name, category).settings)
+        batches = {} if dataset.batch_size is None else {"batch_size": dataset.batch_size}
+        typed = {SETTING_PATHS[name][-1]: value for name, value in self.settings.items()}
+        config = with_settings(config, {**batches, **typed})
+        if "smoothing_px" in self.settings and config.post_processing.smoothing == "none":
+            raise ConfigurationError(
+                f"--smoothing_px {self.settings['smoothing_px']} without --smoothing: type --smoothing gaussian or "
+                "guided as well, or leave --smoothing_px out"
+            )
+        return replace(config, tiles=self.tiles.config(self.preprocessing(dataset)))
+
+    def preprocessing(self, dataset: TypedDataset) -> PreprocessingConfig:
+        """Return what happens to images, of the typed sizes, the backbone's or 224 px.
+
+        Raises:
+            ConfigurationError: Two of the sizes differ, or an option was typed that has no effect.
+        """
+        made_for = fastflow_backbone(self.backbone or DEFAULT_BACKBONE).input_size
+        sizes = {"--imagesize": dataset.imagesize, "--input_size": self.input_size, "the backbone's size": made_for}
+        given = {name: size for name, size in sizes.items() if size is not None}
+        (first, size), *others = given.items() or [("default", DEFAULT_IMAGESIZE_PX)]
+        for name, other in others:
+            if other != size:
+                raise ConfigurationError(
+                    f"{first} is {size} but {name} is {other}: leave {first} out or make it {other}"
+                )
+        return dataset.preprocessing(size)
+
+    def stored_settings(self, dataset: TypedDataset) -> list[TypedSetting]:
+        """Return what stored models have to agree with: everything typed but what bounds memory."""
+        settings = [*dataset.stored_settings(), *self._backbone_settings(), *self.tiles.stored_settings()]
+        if self.input_size is not None:
+            settings.append(TypedSetting("--input_size", ("preprocessing", "imagesize_px"), self.input_size))
+        for name, value in self.settings.items():
+            settings.append(TypedSetting(f"--{name}", ("config", *SETTING_PATHS[name]), value))
+        return settings
+
+    def _backbone_settings(self) -> list[TypedSetting]:
+        typed = {
+            ("--backbone", "name"): None if self.backbone is None else fastflow_backbone(self.backbone).name,
+            ("--layers", "layers"): list(self.layers) or None,
+            ("--weights", "weights"): None if self.weights is None else _weights(self.weights),
+            ("--normalization", "normalization"): self.normalization,
+        }
+        return [
+            TypedSetting(option, ("config", "backbone", name), value)
+            for (option, name), value in typed.items()
+            if value is not None
+        ]
+
+
+def _weights(typed: str) -> str:
+    """Return the weights of a backbone, a path absolute: a model must find them from any working directory."""
+    return typed if typed in ("pretrained", "random") else os.path.abspath(typed)
