@@ -245,18 +245,11 @@ def test_images_that_keep_their_resolution_know_no_resize(trained: list[Any]) ->
         ("", "--patch_stride 64", "--patch_stride without --enable_patch_inference"),
         ("", "--training_tiles 2", "--training_tiles without --enable_patch_inference"),
         ("", "--low_memory", "--low_memory without --enable_patch_inference"),
-        ("--preserve_high_res", "", "--preserve_high_res without --enable_patch_inference"),
         ("--max_side 512", "--enable_patch_inference", "--max_side 512 bounds images that keep their resolution"),
         (
             "--preserve_high_res --resize_mode square",
             "--enable_patch_inference",
             "--resize_mode square has no effect with --preserve_high_res",
-        ),
-        ("", "--enable_patch_inference --patch_size 225", "resize and crop leave 224 px: use 224 or less"),
-        (
-            "--preserve_high_res --max_side 150",
-            "--enable_patch_inference --patch_size 160",
-            "--max_side allows 150 px: use 150 or less, or a --max_side of 160 or more",
         ),
         ("", "--enable_patch_inference --patch_size 64 --patch_stride 65", "--patch_stride 65 is larger than"),
         ("", "--enable_patch_inference --patch_size 8", "--patch_size is 8, expected 16 or more"),
@@ -264,7 +257,7 @@ def test_images_that_keep_their_resolution_know_no_resize(trained: list[Any]) ->
         ("--preserve_high_res --max_side 8", "--enable_patch_inference", "--max_side is 8"),
     ],
 )
-def test_options_of_tiles_without_effect_or_room(of_dataset: str, flags: str, message: str, trained: list[Any]) -> None:
+def test_options_of_tiles_without_effect(of_dataset: str, flags: str, message: str, trained: list[Any]) -> None:
     finished = run(*DATASET, *of_dataset.split(), *FASTFLOW, *flags.split())
     assert finished.code == 2 and message in finished.err and len(finished.error_lines) == 1
     assert trained == []
@@ -328,9 +321,15 @@ def test_two_different_values_are_an_error(option: str) -> None:
         (["--smoothing_px", "3"], "--smoothing_px 3.0 without --smoothing"),
         (["--smoothing", "none", "--smoothing_px", "3"], "--smoothing_px 3.0 without --smoothing"),
         (["--smoothing", "gaussian", "--smoothing_px", "0"], "--smoothing_px is 0.0"),
-        (["--multi_scale", "1", "--multi_scale", "1"], "--multi_scale 1.0 1.0: name each size once"),
+        (["--multi_scale", "1", "--multi_scale", "1"], "--multi_scale (1.0, 1.0): name each scale once"),
         (["--multi_scale", "9"], "--multi_scale is 9.0, expected a factor from 0.25 to 4"),
         (["--precision", "half"], "'half' is not one of"),
+        (["--preserve_high_res"], "scored in tiles: add --enable_patch_inference"),
+        (["--enable_patch_inference", "--patch_size", "225"], "--patch_size 225 is larger than the images of 224 px"),
+        (
+            ["--preserve_high_res", "--max_side", "150", "--enable_patch_inference", "--patch_size", "160"],
+            "--patch_size 160 is larger than the images of 150 px",
+        ),
         (["--imagesize", "320", "--input_size", "256"], "--imagesize is 320 but --input_size is 256"),
         (["--epochs", "0"], "--epochs"),
         (["--checkpoint_every", "0"], "--checkpoint_every"),

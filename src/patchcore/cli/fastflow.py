@@ -146,7 +146,7 @@ def _refuse_training_options(run: RunConfig) -> None:
 
 def _train(model: TypedFastFlow, typed: TypedDataset, run: RunConfig) -> int:
     preprocessing = model.preprocessing(typed)
-    tiles = model.tiles.config(preprocessing)
+    tiles = model.tiles.config(preprocessing.imagesize_px)
     dataset = typed.config(preprocessing)
     if "patience" in model.settings and dataset.train_val_split == 1:
         raise click.UsageError(

@@ -127,45 +127,29 @@ class TypedTiles:
     training_tiles: int | None
     low_memory: bool
 
-    def config(self, preprocessing: PreprocessingConfig) -> TileConfig | None:
+    def config(self, imagesize_px: int) -> TileConfig | None:
         """Return the tiles; None where whole images are scored.
 
+        Args:
+            imagesize_px: Side to which tiles are resized.
+
         Raises:
-            ConfigurationError: An option of tiles was typed without them, images keep a size that only tiles can have,
-                or tiles are larger than the images.
+            ConfigurationError: An option of tiles was typed without them.
         """
         if not self.enabled:
-            option = next((setting.option for setting in self._typed()), None)
-            option = option or ("--preserve_high_res" if preprocessing.max_side_px is not None else None)
-            if option is not None:
+            for setting in self._typed():
                 raise ConfigurationError(
-                    f"{option} without --enable_patch_inference: type both to score tiles of the images, or leave "
-                    f"{option} out"
+                    f"{setting.option} without --enable_patch_inference: type both to score tiles of the images, or "
+                    f"leave {setting.option} out"
                 )
             return None
-        size = preprocessing.imagesize_px if self.patch_size is None else self.patch_size
-        self._require_room(size, preprocessing)
+        size = imagesize_px if self.patch_size is None else self.patch_size
         return TileConfig(
             patch_size=size,
             patch_stride=max(1, size // 2) if self.patch_stride is None else self.patch_stride,
             training_tiles=TileConfig.training_tiles if self.training_tiles is None else self.training_tiles,
             low_memory=self.low_memory,
         )
-
-    @staticmethod
-    def _require_room(size: int, preprocessing: PreprocessingConfig) -> None:
-        """Raise ConfigurationError if no image has room for a tile."""
-        if preprocessing.max_side_px is not None:
-            largest, source = preprocessing.max_side_px, "--max_side allows"
-            remedy = f"a --max_side of {size} or more"
-        else:
-            largest, source = preprocessing.imagesize_px, "resize and crop leave"
-            remedy = "--preserve_high_res on dataset"
-        if size > largest:
-            raise ConfigurationError(
-                f"--patch_size {size} is larger than the images, of which {source} {largest} px: use {largest} or "
-                f"less, or {remedy}"
-            )
 
     def _typed(self) -> Iterator[TypedSetting]:
         """Yield what was typed besides --enable_patch_inference."""
@@ -244,7 +228,7 @@ class TypedFastFlow:
                 f"--smoothing_px {self.settings['smoothing_px']} without --smoothing: type --smoothing gaussian or "
                 "guided as well, or leave --smoothing_px out"
             )
-        return replace(config, tiles=self.tiles.config(self.preprocessing(dataset)))
+        return replace(config, tiles=self.tiles.config(self.preprocessing(dataset).imagesize_px))
 
     def preprocessing(self, dataset: TypedDataset) -> PreprocessingConfig:
         """Return what happens to images, of the typed sizes, the backbone's or 224 px.
