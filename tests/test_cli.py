@@ -215,7 +215,7 @@ BAD_LOADER_GRAMMAR = {
     "seed": (["out", "--seed", "-3", *LOADER, *DATASET], "0 or more"),
     "split": (["out", *LOADER, *DATASET, "--train_val_split", "0.5"], "not trained again"),
     "augment": (["out", *LOADER, *DATASET, "--augment"], "leave it out"),
-    "model folder": (["out", *LOADER, *DATASET], "model folder 'model' not found"),
+    "model folder": (["out", *LOADER, *DATASET], "model 'model' not found"),
 }
 
 

@@ -33,7 +33,7 @@ def train(out: Path, data: Path, *flags: object, of_dataset: tuple[str, ...] = (
     return invoke(run_fastflow, out, *COMMON, *dataset, "fastflow", *MODEL, "--epochs", 4, *flags)
 
 
-def evaluate(out: Path, data: Path, model: Path, *flags: object, sizes: tuple[str, ...] = ()) -> Finished:
+def evaluate(out: Path, data: Path, model: Path | str, *flags: object, sizes: tuple[str, ...] = ()) -> Finished:
     dataset = ("dataset", *sizes, "--num_workers", 0, "-d", "plate", "mpdd", data)
     return invoke(load_and_evaluate_fastflow, out, *COMMON, "fastflow_loader", "-p", model, *flags, *dataset)
 
@@ -104,12 +104,43 @@ def test_bare_state_dict_needs_a_description_that_fits(export: Path, data: Path,
     assert misfit.code == 2 and "flows.0.steps.2.global_scale is missing" in misfit.err
 
 
-def test_damaged_file_is_one_line(data: Path, tmp_path: Path) -> None:
-    broken = tmp_path / "broken.pth"
-    broken.write_bytes(b"no model")
-    terminal = evaluate(tmp_path / "out", data, broken)
-    assert terminal.code == 2 and "cannot be read as plain values and tensors" in terminal.err
-    assert len(terminal.error_lines) == 1
+def wrong_models(export: Path, folder: Path) -> dict[str, tuple[Path | str, str]]:
+    """Return what a user may name instead of a model, and what is said of it."""
+    whole = torch.load(export, weights_only=True)
+    narrow = {
+        name: tensor[:, :1] if name.endswith("2.weight") else tensor for name, tensor in whole["state_dict"].items()
+    }
+    torch.save({**whole, "state_dict": narrow}, folder / "narrow.pth")
+    torch.save(torch.nn.Linear(1, 1), folder / "objects.pth")
+    torch.save([1, 2], folder / "list.pth")
+    torch.save({"epoch": 3}, folder / "values.pth")
+    (folder / "text.pth").write_text("no model", encoding="utf-8")
+    (folder / "cut.pth").write_bytes(export.read_bytes()[:5000])
+    return {
+        "missing": (folder / "missing.pth", "missing.pth' not found, expected a model folder"),
+        "empty path": ("", "found an empty path, expected that of a model"),
+        "another folder": (folder, "is no model folder: model.json is missing"),
+        "text": (folder / "text.pth", "cannot be read as plain values and tensors"),
+        "cut off": (folder / "cut.pth", "cannot be read as plain values and tensors"),
+        "objects": (folder / "objects.pth", "cannot be read as plain values and tensors (UnpicklingError)"),
+        "a list": (folder / "list.pth", "holds list, expected a dictionary"),
+        "values": (folder / "values.pth", "holds epoch, expected an export of a model"),
+        "other shapes": (folder / "narrow.pth", "subnet.2.weight is [24, 1, 3, 3] instead of [24, 12, 3, 3]"),
+    }
+
+
+@pytest.mark.parametrize("command", ["run_fastflow", "load_and_evaluate_fastflow"])
+def test_what_is_no_model_is_one_line(command: str, export: Path, data: Path, tmp_path: Path) -> None:
+    for case, (path, message) in wrong_models(export, tmp_path).items():
+        if command == "run_fastflow":
+            dataset = ("dataset", "--num_workers", 0, "--category", "plate", data)
+            flags = ("fastflow", "--eval_only", "--checkpoint", path)
+            terminal = invoke(run_fastflow, tmp_path / "out", *COMMON, *dataset, *flags)
+        else:
+            terminal = evaluate(tmp_path / "out", data, path)
+        assert terminal.code == 2 and message in terminal.err, (case, terminal.err)
+        assert len(terminal.error_lines) == 1, (case, terminal.err)
+    assert not (tmp_path / "out").exists()
 
 
 def test_configuration_of_each_class_is_recorded(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,6 +153,85 @@ def test_configuration_of_each_class_is_recorded(data: Path, tmp_path: Path, mon
     assert terminal.code == 0, terminal.err
     recorded = json.loads((tmp_path / "project" / "group" / "config.json").read_text(encoding="utf-8"))
     assert "'clamp': 1.0" in str(recorded) and "'clamp': 3.0" in str(recorded)
+
+
+# ---------------------------------------------------------------- options of runs
+
+
+def tensors_of(group: Path) -> dict[str, torch.Tensor]:
+    (file,) = (group / "models" / "mpdd_plate").glob("fastflow_*_final.pth")
+    return read_torch_file(file).tensors
+
+
+def same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def test_test_metrics_between_epochs_change_no_weight(
+    finished: tuple[Path, Finished], data: Path, tmp_path: Path
+) -> None:
+    assert finished[1].err.count("on TEST images, which select nothing: instance_auroc") == 2
+    plain = train(tmp_path, data, "--save_model")
+    assert plain.code == 0 and "TEST images" not in plain.err
+    assert same_weights(tensors_of(tmp_path / "project" / "group"), tensors_of(finished[0]))
+
+
+def test_thresholds_of_held_out_images(data: Path, tmp_path: Path) -> None:
+    split = ("--calibration", "split")
+    refused = train(tmp_path, data, *split)
+    assert refused.code == 2 and "--calibration split needs 2 held-out images" in refused.err
+    assert train(tmp_path, data, *split, "--save_model", "--train_val_split", 0.5).code == 0
+    folder = tmp_path / "project" / "group"
+    header = json.loads((folder / "models" / "mpdd_plate" / "model.json").read_text(encoding="utf-8"))
+    assert header["calibration"]["method"] == "split"
+    assert read_rows(folder / "results.csv")[0]["image_f1_max"] != ""
+    rows = read_rows(folder / "training" / "mpdd_plate" / "training_log.csv")
+    assert all(row["held_out_loss"] for row in rows), "held-out images are in the history as well"
+
+
+def test_early_stopping_keeps_the_best_epoch(data: Path, tmp_path: Path) -> None:
+    flags = ("--train_val_split", 0.5, "--patience", 1, "--epochs", 60, "--schedule", "constant", "--lr", 0.05)
+    assert train(tmp_path, data, *flags).code == 0
+    rows = read_rows(tmp_path / "project" / "group" / "training" / "mpdd_plate" / "training_log.csv")
+    losses = [float(row["held_out_loss"]) for row in rows]
+    assert 1 < len(losses) < 60 and losses[-1] >= losses[-2] == min(losses)
+
+
+def test_two_seeds_are_two_models_and_a_table(data: Path, tmp_path: Path) -> None:
+    flags = ("--seed", 0, "--seed", 1, "--save_model", "--log_group", "g")
+    assert train(tmp_path, data, *flags).code == 0
+    first, second = (tensors_of(tmp_path / "project" / f"g_S{seed}") for seed in (0, 1))
+    assert not same_weights(first, second)
+    assert (tmp_path / "project" / "g_seeds.csv").exists()
+
+
+def test_one_training_image_gives_a_model_without_threshold(tmp_path: Path) -> None:
+    write_category(tmp_path / "data", "plate", num_train=1)
+    terminal = train(tmp_path, tmp_path / "data", "--save_model")
+    assert terminal.code == 0 and "one training image gives no threshold" in terminal.err
+    folder = tmp_path / "project" / "group"
+    (row, *_) = read_rows(folder / "results.csv")
+    assert row["instance_auroc"] != "" and row["precision"] == ""
+    header = json.loads((folder / "models" / "mpdd_plate" / "model.json").read_text(encoding="utf-8"))
+    assert header["calibration"] is None
+
+
+@pytest.mark.parametrize(
+    ("of_dataset", "flags", "message"),
+    [
+        (("--category", "plat"), (), "'plat'"),
+        (("-d", "plate", "-d", "rodd"), (), "'rodd'"),
+        (("--category", "plate"), ("--backbone", "resnet81"), "unknown backbone 'resnet81': did you mean resnet18"),
+        (("--category", "plate"), ("--layers", "blocks.9"), "blocks.9"),
+        (("--category", "plate", "--imagesize", "80"), (), "--imagesize 80 is larger than --resize 64"),
+    ],
+)
+def test_what_is_not_there_is_one_line(
+    of_dataset: tuple[str, ...], flags: tuple[str, ...], message: str, data: Path, tmp_path: Path
+) -> None:
+    terminal = train(tmp_path / "out", data, *flags, of_dataset=of_dataset)
+    assert terminal.code == 2 and message in terminal.err, terminal.err
+    assert len(terminal.error_lines) == 1 and not (tmp_path / "out" / "project" / "group").exists()
 
 
 def test_killed_training_resumes_to_the_same_weights(

@@ -14,7 +14,7 @@ from patchcore.cli.grammar import ChainedCommand
 Typed = dict[str, dict[str, Any]]
 
 
-@click.group("cook", cls=ChainedCommand, required_steps=("boil",))
+@click.group("cook", cls=ChainedCommand, required_steps=("boil",), once=("--name",))
 @click.argument("dish")
 @click.option("--time", type=int, default=0)
 @click.option("--name")
@@ -97,6 +97,10 @@ def test_the_later_value_counts(line: str, time: int) -> None:
     assert typed(line)["cook"]["time"] == time
 
 
+def test_an_option_of_one_value_may_be_repeated_with_it_anywhere() -> None:
+    assert typed("soup --name a boil rice --name=a fry egg --name a")["cook"]["name"] == "a"
+
+
 def test_an_option_typed_before_its_part_does_not_beat_the_parts_own() -> None:
     assert typed("soup --pan 1 boil rice --pan 2 fry --pan 3 egg")["fry"]["pan"] == 3
     assert typed("soup fry --spice a egg boil --spice b rice --spice c")["boil"]["spice"] == ("b", "c")
@@ -137,6 +141,10 @@ REFUSED = {
         "cook has no option '--heat': it belongs to boil and",
     ),
     "flag in one, value in the other": ("soup --salt boil rice", "it belongs to boil and fry"),
+    "two values of an option that has one": (
+        "soup --name a boil rice --name=b",
+        "--name is 'a' and then 'b': type it once",
+    ),
     "value missing": ("soup boil rice --time", "'--time' of cook needs a value"),
     "value for a flag": ("soup boil rice --quiet=1", "--quiet"),
     "not a number": ("soup boil rice --time big", "'big'"),

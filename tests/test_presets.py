@@ -66,6 +66,12 @@ def test_every_entry_says_where_it_comes_from() -> None:
     assert {p.source for p in presets["efficientnet_lite0"].values()} == {"ours"}
 
 
+@pytest.mark.parametrize("larger", ["efficientnet_lite1", "efficientnet_lite2"])
+def test_the_larger_siblings_of_the_offline_backbone_take_its_values_over(larger: str) -> None:
+    ours, taken = fastflow_preset("efficientnet_lite0", "bottle"), fastflow_preset(larger, "bottle")
+    assert (taken.settings, taken.source) == (ours.settings, "ours")
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -60,6 +60,11 @@ def read_header(path: Path) -> ModelHeader | None:
     Raises:
         ConfigurationError: It is missing or damaged.
     """
+    if not path.exists():
+        raise ConfigurationError(
+            f"model {str(path)!r} not found, expected a model folder (models/<data set>_<class> of a run) or a file of "
+            "torch.save"
+        )
     return read_torch_file(path).header if path.is_file() else read_model_header(path)
 
 

@@ -72,6 +72,8 @@ def match_models(
     Raises:
         ConfigurationError: A model cannot be read, contradicts what was typed or the other models, or has no partner.
     """
+    if not all(path.strip() for path in model_paths):
+        raise ConfigurationError("found an empty path, expected that of a model: is a variable of a script not set?")
     repeated = sorted({path for path in model_paths if model_paths.count(path) > 1})
     if repeated:
         raise ConfigurationError(f"model {repeated[0]!r} is named twice: name each -p once")

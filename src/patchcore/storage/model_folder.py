@@ -88,7 +88,7 @@ def read_model_header(folder: Path) -> ModelHeader:
         mapping = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ConfigurationError(
-            f"{str(folder)!r} is no model folder: {MODEL_FILE} is missing, expected what --save_patchcore_model wrote"
+            f"{str(folder)!r} is no model folder: {MODEL_FILE} is missing, expected models/<data set>_<class> of a run"
         ) from error
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigurationError(f"{str(path)!r} is damaged ({_one_line(error)}): train the model anew") from error

@@ -57,7 +57,7 @@ def read_state(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise ConfigurationError(f"{str(path)!r} not found, expected a file that torch.save wrote") from error
     except (OSError, RuntimeError, ValueError, EOFError, LookupError, pickle.UnpicklingError) as error:
-        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        reason = getattr(error, "strerror", None) or type(error).__name__  # torch's own words are a page long
         raise ConfigurationError(
             f"{str(path)!r} cannot be read as plain values and tensors ({reason}), expected a model folder or what "
             "torch.save wrote: train the model anew"
