@@ -11,6 +11,7 @@ from conftest import write_category
 from in_process import Finished, invoke, read_rows
 
 from patchcore.cli import load_and_evaluate_fastflow, run_fastflow
+from patchcore.methods.fastflow import FastFlow
 from patchcore.storage.torch_export import read_torch_file
 
 COMMON = ("--device", "cpu", "--threads", "1")
@@ -93,6 +94,65 @@ def test_contradictions_name_both_values(
 ) -> None:
     terminal = evaluate(tmp_path / "out", data, export, *flags)
     assert terminal.code == 2 and message in terminal.error_lines[-1], terminal.err
+
+
+@pytest.fixture(scope="module")
+def tiled(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder whose model scores tiles and smooths maps."""
+    out = tmp_path_factory.mktemp("tiled")
+    flags = ("--enable_patch_inference", "--patch_size", 40, "--training_tiles", 2, "--smoothing", "gaussian")
+    terminal = train(out, data, "--save_model", "--epochs", 1, *flags)
+    assert terminal.code == 0, terminal.err
+    return out / "project" / "group"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--patch_size", 32), "--patch_size 32 was typed, but model"),
+        (("--patch_stride", 40), "was trained with 20: leave --patch_stride out"),
+        (("--training_tiles", 4), "was trained with 2: leave --training_tiles out"),
+        (("--smoothing", "none"), "was trained with gaussian: leave --smoothing out"),
+        (("--smoothing_px", 3), "was trained with 4.0: leave --smoothing_px out"),
+        (("--adaptive_normalization",), "was trained without it: leave --adaptive_normalization out"),
+        (("--multi_scale", 0.5, "--multi_scale", 1), "--multi_scale 0.5 1.0 was typed"),
+        (("--precision", "bfloat16"), "was trained with float32: leave --precision out"),
+        (("--preserve_high_res",), "was trained without it: leave --preserve_high_res out"),
+        (("--max_side", 99), "was trained without it: leave --max_side out"),
+    ],
+)
+def test_tiles_and_maps_of_a_stored_model_are_its_own(
+    flags: tuple[object, ...], message: str, tiled: Path, data: Path, tmp_path: Path
+) -> None:
+    terminal = evaluate(tmp_path / "out", data, tiled / "models" / "mpdd_plate", *flags)
+    assert terminal.code == 2 and message in terminal.err and len(terminal.error_lines) == 1, terminal.err
+
+
+def test_what_agrees_with_a_stored_model_may_be_typed(tiled: Path, data: Path, tmp_path: Path) -> None:
+    agreed = ("--enable_patch_inference", "--patch_size", 40, "--smoothing", "gaussian", "--multi_scale", 1)
+    terminal = evaluate(tmp_path / "out", data, tiled / "models" / "mpdd_plate", *agreed, sizes=SIZES)
+    assert terminal.code == 0, terminal.err
+
+
+def test_low_memory_replaces_the_value_of_a_stored_model_and_changes_no_number(
+    tiled: Path, export: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches: list[int] = []
+    scored = FastFlow._input_maps
+    monkeypatch.setattr(
+        FastFlow,
+        "_input_maps",
+        lambda self, flows, inputs, size: batches.append(len(inputs)) or scored(self, flows, inputs, size),
+    )
+    monkeypatch.setattr("patchcore.methods.tiles.TILES_PER_BATCH", 2)
+    for number, flags in enumerate(((), ("--low_memory",))):
+        batches.clear()
+        assert evaluate(tmp_path / str(number), data, tiled / "models" / "mpdd_plate", *flags).code == 0
+        assert set(batches) == ({2, 1} if flags else {9})
+    tables = [(folder / "results.csv").read_text(encoding="utf-8") for folder in (tmp_path / "0", tmp_path / "1")]
+    assert tables[0] == tables[1]
+    refused = evaluate(tmp_path / "out", data, export, "--low_memory")
+    assert refused.code == 2 and "--low_memory was typed" in refused.err and "was trained without it" in refused.err
 
 
 def test_bare_state_dict_needs_a_description_that_fits(export: Path, data: Path, tmp_path: Path) -> None:

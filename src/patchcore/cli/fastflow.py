@@ -64,7 +64,9 @@ DEFAULT_CHECKPOINT_EVERY = 10
         show_default=True,
         help="Repeatable; changes nothing with --eval_only.",
     ),
-    click.option("--log_group", default="group", show_default=True, help="Name of the run folder."),
+    click.option(
+        "--log_group", default="group", show_default=True, help="Name of the run folder; two different ones: an error."
+    ),
     click.option("--log_project", default="project", show_default=True, help="Folder above the run folder."),
     click.option("--save_segmentation_images", is_flag=True, help="One picture per test image."),
     click.option("--save_model", is_flag=True, help="One model folder per class, with an export for plain torch."),

@@ -41,7 +41,11 @@ MODEL_OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option("--input_size", type=int, default=None, help="Side of the backbone's input, px; 224 if left out."),
     click.option("--map_mode", type=click.Choice(MAP_MODES), help="How likelihoods become a map; nll if left out."),
     click.option("--image_score", type=click.Choice(IMAGE_SCORES), help="What of a map is the score; max if left out."),
-    click.option("--use_class_specific", is_flag=True, help="The preset of each class; typed options still win."),
+    click.option(
+        "--use_class_specific",
+        is_flag=True,
+        help="The preset of each class; typed options still win, and so does what a stored model says of itself.",
+    ),
 )
 
 TILE_OPTIONS: tuple[Callable[[Any], Any], ...] = (

@@ -137,10 +137,11 @@ class TypedTiles:
             ConfigurationError: An option of tiles was typed without them.
         """
         if not self.enabled:
-            for setting in self._typed():
+            option = next((setting.option for setting in self._typed()), None)
+            if option is not None:
                 raise ConfigurationError(
-                    f"{setting.option} without --enable_patch_inference: type both to score tiles of the images, or "
-                    f"leave {setting.option} out"
+                    f"{option} without --enable_patch_inference: type both to score tiles of the images, or leave "
+                    f"{option} out"
                 )
             return None
         size = imagesize_px if self.patch_size is None else self.patch_size
