@@ -112,7 +112,6 @@ def write_large_category(folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="the data sets do not keep the resolution of images yet")
 def test_tiles_as_pasted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
     monkeypatch.chdir(tmp_path)
     write_large_category(tmp_path / "MPDD" / "bracket_white")

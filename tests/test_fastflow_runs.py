@@ -144,7 +144,7 @@ def test_low_memory_replaces_the_value_of_a_stored_model_and_changes_no_number(
         "_input_maps",
         lambda self, flows, inputs, size: batches.append(len(inputs)) or scored(self, flows, inputs, size),
     )
-    monkeypatch.setattr("patchcore.methods.tiles.TILES_PER_BATCH", 2)
+    monkeypatch.setattr("patchcore.methods.tiles.TILES_AT_ONCE_LOW_MEMORY", 2)
     for number, flags in enumerate(((), ("--low_memory",))):
         batches.clear()
         assert evaluate(tmp_path / str(number), data, tiled / "models" / "mpdd_plate", *flags).code == 0
