@@ -200,7 +200,12 @@ def test_an_unknown_backbone_is_told_its_near_matches(trained: list[Any]) -> Non
 
 @pytest.mark.parametrize(
     ("backbone", "epochs", "lr"),
-    [("resnet18", 6, 1e-2), ("wide_resnet50_2", 30, 1e-3), ("efficientnet_lite1", 30, 1e-2)],
+    [
+        ("resnet18", 6, 1e-2),
+        ("wide_resnet50_2", 30, 1e-3),
+        ("efficientnet_lite1", 30, 1e-2),
+        ("efficientnet_lite2", 30, 1e-2),
+    ],
 )
 def test_names_that_users_type_find_their_presets(backbone: str, epochs: int, lr: float, trained: list[Any]) -> None:
     flags = ("fastflow", "--backbone", backbone)

@@ -128,6 +128,22 @@ def test_tiles_and_maps_of_a_stored_model_are_its_own(
     assert terminal.code == 2 and message in terminal.err and len(terminal.error_lines) == 1, terminal.err
 
 
+def test_a_model_of_images_that_keep_their_shape_knows_no_resize(data: Path, tmp_path: Path) -> None:
+    tiles = ("--enable_patch_inference", "--patch_size", 32, "--training_tiles", 1, "--epochs", 1)
+    of_dataset = ("--category", "plate", "--preserve_high_res", "--max_side", "60")
+    assert train(tmp_path, data, "--save_model", *tiles, of_dataset=of_dataset).code == 0
+    model = tmp_path / "project" / "group" / "models" / "mpdd_plate"
+    agreed = ("--resize", "300", "--imagesize", "64", "--preserve_high_res", "--max_side", "60")
+    assert evaluate(tmp_path / "out", data, model, sizes=agreed).code == 0
+    for sizes, message in (
+        (("--resize_mode", "shorter"), "was trained without it: leave --resize_mode out"),
+        (("--imagesize", "48"), "was trained with 64: leave --imagesize out"),
+        (("--max_side", "50"), "was trained with 60: leave --max_side out"),
+    ):
+        refused = evaluate(tmp_path / "out", data, model, sizes=sizes)
+        assert refused.code == 2 and message in refused.err and len(refused.error_lines) == 1
+
+
 def test_what_agrees_with_a_stored_model_may_be_typed(tiled: Path, data: Path, tmp_path: Path) -> None:
     agreed = ("--enable_patch_inference", "--patch_size", 40, "--smoothing", "gaussian", "--multi_scale", 1)
     terminal = evaluate(tmp_path / "out", data, tiled / "models" / "mpdd_plate", *agreed, sizes=SIZES)

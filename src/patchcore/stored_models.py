@@ -112,9 +112,12 @@ def _agreed(path: Path, header: ModelHeader, typed: TypedModel) -> ModelHeader:
     """
     config = config_to_dict(stored_config(header, str(path)))  # with what older models do not name
     content = {"config": config, "preprocessing": config_to_dict(header.preprocessing)}
+    keeps_shape = header.preprocessing.max_side_px is not None
+    if keeps_shape:
+        content["preprocessing"]["resize_mode"] = None
     for setting in typed.settings:
-        if setting.path == RESIZE and header.preprocessing.max_side_px is not None:
-            continue  # no image of such a model is resized, whatever scripts for others type
+        if keeps_shape and setting.path == RESIZE:
+            continue  # scripts type it for images of every kind
         stored = _stored(content, setting.path)
         if stored is None if setting.value is ANY_VALUE else stored != setting.value:
             raise _contradiction(setting, stored, path)
