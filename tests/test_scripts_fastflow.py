@@ -360,10 +360,9 @@ def test_the_wresnet50_script_trains(rendered: Path, run_whole: RunScript, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="tiles are not scored yet")
 def test_the_patch_script_whole(rendered: Path, run_whole: RunScript, tmp_path: Path) -> None:
     """Train on the demo set and score its images in tiles, then the same from the stored models."""
-    small = shlex.split("--imagesize 64 --input_size 64 --patch_size 48 --patch_stride 24 --num_workers 0 --threads 1")
+    small = shlex.split("--imagesize 64 --input_size 64 --patch_size 96 --patch_stride 32 --num_workers 0 --threads 1")
     flags = ["--offline", "--device", "cpu", *small, "--limit_test", "2"]
     training = ["--weights", "random", "--epochs", "1", "--limit_train", "4"]
     trained = run_whole(FASTFLOW_PATCH, rendered, *flags, *training, CLASSES="metal_plate")
