@@ -325,7 +325,8 @@ def _resized(image: np.ndarray, resampling: Image.Resampling = Image.Resampling.
 
 
 def _resized_flags(flags: np.ndarray) -> np.ndarray:
-    return np.asarray(_resized(flags.astype(np.uint8), Image.Resampling.NEAREST)).astype(bool)
+    """Scale flags; a pixel of the panel is set if any of those that it stands for is: small defects must be seen."""
+    return np.asarray(_resized(255 * flags.astype(np.uint8), Image.Resampling.BOX)) > 0
 
 
 def _outline(flags: np.ndarray) -> np.ndarray:

@@ -365,8 +365,12 @@ def _require_tiles(config: FastFlowConfig, preprocessing: PreprocessingConfig) -
     largest = preprocessing.max_side_px or preprocessing.imagesize_px
     if config.tiles.patch_size > largest:
         raise ConfigurationError(
-            f"--patch_size {config.tiles.patch_size} is larger than the images of {largest} px: use {largest} or less, "
-            "or --preserve_high_res for images at their own resolution"
+            f"--patch_size {config.tiles.patch_size} is larger than the images of {largest} px: use {largest} or less"
+            + (
+                ", or a larger --max_side"
+                if preprocessing.max_side_px
+                else ", or --preserve_high_res for larger images"
+            )
         )
 
 
