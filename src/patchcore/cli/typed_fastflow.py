@@ -14,6 +14,7 @@ from patchcore.configs import (
     FastFlowConfig,
     PreprocessingConfig,
     TileConfig,
+    TrainingConfig,
     near_matches,
 )
 from patchcore.configs.typed import ANY_VALUE, TypedSetting
@@ -73,7 +74,7 @@ class TypedDataset:
             path=self.path,
             categories=self.categories,
             train_val_split=self.train_val_split,
-            batch_size=DatasetConfig.batch_size if self.batch_size is None else self.batch_size,
+            batch_size=TrainingConfig.batch_size if self.batch_size is None else self.batch_size,
             num_workers=self.num_workers,
             preprocessing=preprocessing,
             limit_train=self.limit_train,
