@@ -110,6 +110,38 @@ def test_log_determinant_against_a_numerical_jacobian(kind: str, conv3x3_only: b
         assert abs(numerical) > 0.5, "a log-determinant of zero proves nothing"
 
 
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_step_and_its_gradients_are_those_of_the_library(number: int) -> None:
+    """`advance` against FrEIA's forward pass, through the same weights, in float64."""
+    step = random_step(number).double()
+    channels_last = features().double().contiguous(memory_format=torch.channels_last).requires_grad_()
+    (expected,), expected_log_det = step((channels_last,))
+    weights = torch.randn(expected.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+
+    def gradients(result: torch.Tensor, log_det: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        loss = (result * weights).sum() + (log_det * weights[:, 0]).sum()
+        return torch.autograd.grad(loss, [channels_last, *step.parameters()])
+
+    grid = len(expected), *SHAPE[1:]
+    rows, log_det = step.advance(channels_last.transpose(0, 1).flatten(1), grid)
+    result = rows.unflatten(1, grid).transpose(0, 1)
+    torch.testing.assert_close(result, expected)
+    torch.testing.assert_close(log_det.view(grid), expected_log_det)
+    found = gradients(result, log_det.view(grid))
+    for mine, theirs in zip(found, gradients(expected, expected_log_det), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_the_layout_of_features_in_memory_changes_nothing() -> None:
+    flow = flow_of(randomised(new_net()))
+    x = features()
+    with torch.no_grad():
+        contiguous = flow(x)
+        channels_last = flow(x.contiguous(memory_format=torch.channels_last))
+    for one, other in zip(contiguous, channels_last, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_log_determinant_of_positions_adds_up_to_that_of_the_library() -> None:
     """The parts against FrEIA's own sum over positions, through the same weights and permutation."""
     step = random_step(0)

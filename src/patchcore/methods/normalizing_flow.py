@@ -1,22 +1,30 @@
-"""Normalizing flows on feature maps: the network of FastFlow, with its likelihood at every position."""
+"""Normalizing flows on feature maps: the network of FastFlow, with its likelihood at every position.
+
+Inside a flow, features are matrices [C, N] of channels by positions, the positions of all images in one row. A half of
+the channels is then one block of memory and a permutation copies whole rows; only the 3x3 convolutions want channels
+last, and get them.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from FrEIA.modules import AllInOneBlock
 from torch import nn
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 from patchcore.configs import FastFlowConfig
 
 RELATIVE_STD_FLOOR = 0.1  # of the root mean square over channels; see FeatureFlow.standardise_by
 MIN_SPREAD_BITS = 1e-6  # a flow whose map is flat, as on equal images, is left in its own unit
 LOG_2 = math.log(2.0)
+COEFFICIENT_SCALE = 0.1  # by which FrEIA scales what a subnet gives, for stability
 
 
 class CouplingNet(nn.Sequential):
@@ -50,6 +58,112 @@ class CouplingNet(nn.Sequential):
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.in_bfloat16):
             coefficients = super().forward(x)
         return coefficients.to(x.dtype)
+
+    def affine(
+        self, x: torch.Tensor, grid: tuple[int, int, int], gain: torch.Tensor, bias: torch.Tensor
+    ) -> torch.Tensor:
+        """Return `gain` times the coefficients plus `bias`, computed with weights that contain both.
+
+        Args:
+            x: [channels_in, B * H * W].
+            grid: B, H, W.
+            gain: [channels_out].
+            bias: [channels_out].
+
+        Returns:
+            [channels_out, B * H * W], of the type of `x`.
+        """
+        first, _, last = self
+        assert isinstance(first, nn.Conv2d) and isinstance(last, nn.Conv2d)
+        assert first.bias is not None and last.bias is not None
+        weights = first.weight, first.bias, last.weight * gain[:, None, None, None], last.bias * gain + bias
+        dtype = torch.bfloat16 if self.in_bfloat16 else x.dtype
+        w1, b1, w2, b2 = (weight.to(dtype) for weight in weights)
+        if first.kernel_size == (1, 1):
+            hidden = torch.addmm(b1[:, None], w1.flatten(1), x.to(dtype)).relu_()  # [hidden, N]
+            return torch.addmm(b2[:, None], w2.flatten(1), hidden).to(x.dtype)
+        maps = _Transpose.apply(x.to(dtype)).unflatten(0, grid).permute(0, 3, 1, 2)  # [B, C, H, W], channels last
+        hidden = F.conv2d(maps, w1, b1, padding="same").relu_()
+        return _by_channel(F.conv2d(hidden, w2, b2, padding="same")).to(x.dtype)
+
+
+class _Transpose(torch.autograd.Function):
+    """A transposed copy of a matrix, whose gradient is a copy too: autograd alone would go on with a strided one."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: torch.Tensor) -> torch.Tensor:
+        return x.t().contiguous()
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *gradients: torch.Tensor) -> torch.Tensor:
+        return gradients[0].t().contiguous()
+
+
+def _by_channel(maps: torch.Tensor) -> torch.Tensor:
+    """Return feature maps [B, C, H, W] as a matrix [C, B * H * W]."""
+    if maps.is_contiguous(memory_format=torch.channels_last):  # torch transposes matrices five times as fast as maps
+        transposed: torch.Tensor = _Transpose.apply(maps.permute(0, 2, 3, 1).flatten(0, 2))
+        return transposed
+    return maps.transpose(0, 1).flatten(1)
+
+
+class _Couple(torch.autograd.Function):
+    """Affine coupling, global scale and offset, and permutation, with as few passes over memory as there can be.
+
+    With (s, t) the coefficients of the changed half, the rows of the result are, before the permutation,
+    passive * scale + offset and active * exp(clamp * tanh(s) + log_scale) + t.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        passive: torch.Tensor,
+        active: torch.Tensor,
+        coefficients: torch.Tensor,
+        scale: torch.Tensor,
+        offset: torch.Tensor,
+        log_scale: torch.Tensor,
+        order: torch.Tensor,
+        clamp: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the result [C, N] and the sum of clamp * tanh(s) over channels [N].
+
+        Args:
+            ctx: What the backward pass needs.
+            passive: [P, N], read by the subnet.
+            active: [A, N], changed.
+            coefficients: [2 A, N], s and t.
+            scale: [P, 1].
+            offset: [P, 1].
+            log_scale: [A, 1].
+            order: int64 [C], the row of the unpermuted result that each row is.
+            clamp: Bound of the coupling's log-scale.
+        """
+        tanh = coefficients[: len(active)].tanh()
+        factor = torch.add(log_scale, tanh, alpha=clamp).exp_()
+        rows = passive.new_empty(len(order), passive.shape[1])
+        torch.addcmul(offset, passive, scale, out=rows[: len(passive)])
+        torch.addcmul(coefficients[len(active) :], active, factor, out=rows[len(passive) :])
+        ctx.save_for_backward(passive, active, tanh, factor, scale, order)
+        ctx.clamp = clamp
+        return rows.index_select(0, order), tanh.sum(dim=0).mul_(clamp)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        passive, active, tanh, factor, scale, order = ctx.saved_tensors
+        of_result, of_log_det = gradients
+        of_passive, of_active = of_result.index_select(0, order.argsort()).tensor_split([len(passive)])
+        of_coefficients = of_active.new_empty(2 * len(active), active.shape[1])
+        of_coefficients[len(active) :] = of_active
+        of_offset = of_passive.sum(dim=1, keepdim=True)
+        of_scale = torch.linalg.vecdot(of_passive, passive)[:, None]
+        of_active.mul_(factor)
+        of_log_factor = of_active * active
+        of_log_scale = of_log_factor.sum(dim=1, keepdim=True)
+        of_tanh = of_log_factor.add_(of_log_det).mul_(ctx.clamp)
+        torch.addcmul(of_tanh, of_tanh * tanh, tanh, value=-1, out=of_coefficients[: len(active)])
+        return of_passive.mul_(scale), of_active, of_coefficients, of_scale, of_offset, of_log_scale, None, None
 
 
 class FlowStep(AllInOneBlock):
@@ -87,6 +201,37 @@ class FlowStep(AllInOneBlock):
         if rev:
             return (x[:, self.order.argsort()] - self.global_offset) / scale, log_det
         return (x * scale + self.global_offset)[:, self.order], log_det
+
+    def advance(self, x: torch.Tensor, grid: tuple[int, int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Do what `forward` does, on a matrix and in a third of its passes over memory.
+
+        Args:
+            x: [C, B * H * W].
+            grid: B, H, W.
+
+        Returns:
+            The transformed matrix, and the log-determinant of each position [B * H * W].
+        """
+        passive, active = x.split(self.splits)
+        scale = self.global_scale_activation(self.global_scale).flatten()  # [C]
+        passive_scale, active_scale = scale.split(self.splits)
+        passive_offset, active_offset = self.global_offset.flatten().split(self.splits)
+        # The global scale and offset of the changed half are those of its coefficients.
+        gain = COEFFICIENT_SCALE * torch.cat((torch.ones_like(active_scale), active_scale))
+        bias = torch.cat((torch.zeros_like(active_offset), active_offset))
+        coefficients = self.subnet.affine(passive, grid, gain, bias)
+        log_scale = scale.log()
+        result, log_det = _Couple.apply(
+            passive,
+            active,
+            coefficients,
+            passive_scale[:, None],
+            passive_offset[:, None],
+            log_scale[len(passive) :, None],
+            self.order,
+            float(self.clamp),
+        )
+        return result, log_det + log_scale.sum()
 
 
 class FeatureFlow(nn.Module):
@@ -138,12 +283,14 @@ class FeatureFlow(nn.Module):
             The latent variable [B, C, H, W], and the log-determinant with respect to the standardised features at
             each position [B, H, W], in nats.
         """
-        x = (features - self.mean) / self.std
-        log_det = x.new_zeros(x.shape[0], *x.shape[2:])  # [B, H, W]
+        grid = features.shape[0], features.shape[2], features.shape[3]
+        x = (_by_channel(features) - self.mean.view(-1, 1)) / self.std.view(-1, 1)  # [C, B * H * W]
+        log_det = x.new_zeros(x.shape[1])
         for step in self.steps:
-            (x,), step_log_det = step((x,))
+            assert isinstance(step, FlowStep)
+            x, step_log_det = step.advance(x, grid)
             log_det = log_det + step_log_det
-        return x, log_det
+        return x.unflatten(1, grid).transpose(0, 1), log_det.view(grid)  # [B, C, H, W], [B, H, W]
 
     def inverse(self, latent: torch.Tensor) -> torch.Tensor:
         """Return the features [B, C, H, W] that `forward` maps to a latent variable."""
