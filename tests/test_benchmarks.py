@@ -47,20 +47,8 @@ def test_both_sides_of_the_fastflow_benchmark_agree(benchmark: object) -> None:
 
 
 def test_the_fastflow_benchmark_runs() -> None:
-    arguments = [
-        "--images",
-        "2",
-        "--imagesize",
-        "32",
-        "--flow_steps",
-        "1",
-        "--batch_size",
-        "2",
-        "--rounds",
-        "1",
-        "--threads",
-        "1",
-    ]
+    sizes = {"images": 2, "imagesize": 32, "flow_steps": 1, "batch_size": 2, "rounds": 1, "threads": 1}
+    arguments = [part for name, value in sizes.items() for part in (f"--{name}", str(value))]
     done = subprocess.run(
         [sys.executable, str(BENCHMARKS / "fastflow.py"), *arguments],
         capture_output=True,

@@ -143,10 +143,56 @@ def test_nothing_behind_the_last_layer_is_run_or_held(layers: list[str], needed:
     def is_needed(name: str) -> bool:
         return any(name == part or name.startswith(f"{part}.") for part in needed) or name == "layer1.0.relu"
 
-    assert set(needed) <= set(calls)
+    # Of a batch norm that became a part of its convolution, nothing of the backbone's own is left.
+    convolutions = {name for name, module in backbone.module.named_modules() if isinstance(module, nn.Conv2d)}
+    norms = {name for name, module in backbone.module.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    assert set(needed) - convolutions - norms <= set(calls)
     assert [name for name in calls if not is_needed(name)] == []
+    num_convolutions = sum(map(is_needed, convolutions))
+    assert sum(isinstance(module, nn.Conv2d) for module in extractor.modules()) == num_convolutions
     held = {id(parameter) for parameter in extractor.parameters()}
-    assert held == {parameters[name] for name in parameters if is_needed(name)}
+    assert not held & {parameters[name] for name in parameters if not is_needed(name)}
+
+
+@pytest.mark.parametrize("name", ["resnet18", "efficientnet_lite0", "timm:regnetx_002"])
+def test_batch_norms_become_part_of_their_convolutions(name: str) -> None:
+    """The maps stay those of the whole network (above and here), with norms of their own that are no identity."""
+    backbone = load_backbone(name, "random", SEED)
+    generator = torch.Generator().manual_seed(0)
+    for norm in backbone.module.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            for tensor in (norm.weight.data, norm.running_var):
+                assert tensor is not None
+                tensor.copy_(0.5 + torch.rand(tensor.shape, generator=generator))
+            for tensor in (norm.bias.data, norm.running_mean):
+                assert tensor is not None
+                tensor.copy_(torch.rand(tensor.shape, generator=generator) - 0.5)
+    layers = {"resnet18": ["layer1", "layer2"], "efficientnet_lite0": ["blocks.1", "blocks.2"]}.get(name, ["s1", "s2"])
+    expected = hooked_maps(backbone.module, layers, random_images())
+    extractor = FeatureExtractor(backbone, layers, "imagenet", IMAGESIZE)
+    assert_same_maps(extractor(random_images()), expected)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in extractor.modules())
+    assert any(isinstance(module, nn.BatchNorm2d) for module in backbone.module.modules()), "the backbone is shared"
+
+
+def test_a_convolution_that_is_read_twice_keeps_its_batch_norm() -> None:
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+            self.norm = nn.BatchNorm2d(4)
+            self.last = nn.Conv2d(4, 4, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.conv(x)
+            return self.last(self.norm(x) + x)
+
+    network = Network().eval()
+    network.norm.bias.data.fill_(2.0)
+    expected = hooked_maps(network, ["last"], random_images())
+    extractor = extractor_of(network, ["last"])
+    assert_same_maps(extractor(random_images()), expected)
+    assert any(isinstance(module, nn.BatchNorm2d) for module in extractor.modules())
 
 
 @pytest.mark.parametrize(
@@ -160,8 +206,11 @@ def test_good_layers_leave_the_rest_of_the_network_out(name: str, behind: tuple[
     backbone = load_backbone(name, "random")
     parameters = {id(p): n for n, p in backbone.module.named_parameters()}
     extractor = FeatureExtractor(backbone, backbone.good_layers, "imagenet", IMAGESIZE)
-    dropped = set(parameters.values()) - {parameters[id(p)] for p in extractor.parameters()}
-    assert dropped == {n for n in parameters.values() if n.startswith(tuple(f"{part}." for part in behind))}
+    held = {parameters[id(p)] for p in extractor.parameters() if id(p) in parameters}  # others: folded convolutions
+    assert not any(name.startswith(tuple(f"{part}." for part in behind)) for name in held)
+    dropped = sum(isinstance(m, nn.Conv2d) for n, m in backbone.module.named_modules() if n.startswith(behind))
+    total = sum(isinstance(module, nn.Conv2d) for module in backbone.module.modules())
+    assert sum(isinstance(module, nn.Conv2d) for module in extractor.modules()) == total - dropped
 
 
 class FunctionalInPlace(nn.Module):
@@ -367,7 +416,8 @@ def test_build_extractor_follows_the_configuration() -> None:
     assert extractor.layers == ("blocks.1",)
     torch.testing.assert_close(extractor.mean.flatten(), torch.full((3,), 127.5))
     first_weight = next(whole_network("efficientnet_lite0").parameters())
-    torch.testing.assert_close(next(extractor.parameters()), first_weight)
+    # the norm behind, which has learned nothing and is part of it, divides by sqrt(1 + 0.001)
+    torch.testing.assert_close(next(extractor.parameters()), first_weight / 1.001**0.5)
 
 
 @pytest.mark.parametrize(
