@@ -43,6 +43,7 @@ class Straightforward(nn.Module):
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1))
         shapes = [tuple(m.shape[1:]) for m in self.features(torch.zeros(1, 3, imagesize, imagesize))]
+        self.norms = nn.ModuleList(nn.LayerNorm(shape) for shape in shapes)  # as published, trained with the flows
         self.flows = nn.ModuleList(
             nn.ModuleList(
                 AllInOneBlock([shape], subnet_constructor=_subnet(3 if step % 2 == 0 else 1), permute_soft=False)
@@ -66,7 +67,8 @@ class Straightforward(nn.Module):
     def transform(self, features: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Return latent variable and log-determinant [B] of each feature map."""
         results = []
-        for steps, x in zip(self.flows, features, strict=True):
+        for norm, steps, x in zip(self.norms, self.flows, features, strict=True):
+            x = norm(x)
             total = x.new_zeros(len(x))
             for step in steps:
                 (x,), log_det = step((x,))
@@ -137,7 +139,7 @@ class Toolkit:
         """Train one epoch more."""
         self.training.run(features, stop_after=len(self.training.history) + 1)
 
-    @torch.no_grad()
+    @torch.inference_mode()  # as FastFlow.predict
     def anomaly_maps(self, images: torch.Tensor) -> torch.Tensor:
         """Return the negative mean probability [B, S, S]."""
         grid = self.flows.anomaly_grid(list(self.extractor(images).values()), "prob")
@@ -173,7 +175,7 @@ def measure(
     """
     toolkit = Toolkit(images.shape[-1], flow_steps, batch_size)
     reference = straightforward_like(toolkit, images.shape[-1])
-    optimizer = torch.optim.Adam(reference.flows.parameters(), lr=LEARNING_RATE)
+    optimizer = torch.optim.Adam([*reference.norms.parameters(), *reference.flows.parameters()], lr=LEARNING_RATE)
     batches = images.split(batch_size)
     features = toolkit.cache(images)
     work: dict[str, Callable[[], object]] = {

@@ -288,7 +288,7 @@ class FastFlow(AnomalyDetector):
         require_images(images, self.preprocessing)
         return self._score(flows, images)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def _score(self, flows: FastFlowNet, images: torch.Tensor) -> Prediction:
         """Return scores [B] and maps [B, H, W] of images uint8 [B, 3, H, W]: the score is read off the final map."""
         maps = post_processed(self._maps(flows, images), images, self.config.post_processing)

@@ -82,28 +82,46 @@ class CouplingNet(nn.Sequential):
         if first.kernel_size == (1, 1):
             hidden = torch.addmm(b1[:, None], w1.flatten(1), x.to(dtype)).relu_()  # [hidden, N]
             return torch.addmm(b2[:, None], w2.flatten(1), hidden).to(x.dtype)
-        maps = _Transpose.apply(x.to(dtype)).unflatten(0, grid).permute(0, 3, 1, 2)  # [B, C, H, W], channels last
-        hidden = F.conv2d(maps, w1, b1, padding="same").relu_()
-        return _by_channel(F.conv2d(hidden, w2, b2, padding="same")).to(x.dtype)
+        hidden = F.conv2d(_ToMaps.apply(x.to(dtype), grid), w1, b1, padding="same").relu_()
+        coefficients: torch.Tensor = _ToRows.apply(F.conv2d(hidden, w2, b2, padding="same"))
+        return coefficients.to(x.dtype)
 
 
-class _Transpose(torch.autograd.Function):
-    """A transposed copy of a matrix, whose gradient is a copy too: autograd alone would go on with a strided one."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, x: torch.Tensor) -> torch.Tensor:
-        return x.t().contiguous()
+class _ToMaps(torch.autograd.Function):
+    """A matrix [C, B * H * W] as feature maps [B, C, H, W], channels last; autograd alone gives strided gradients."""
 
     @staticmethod
-    def backward(ctx: FunctionCtx, *gradients: torch.Tensor) -> torch.Tensor:
-        return gradients[0].t().contiguous()
+    def forward(ctx: FunctionCtx, x: torch.Tensor, grid: tuple[int, int, int]) -> torch.Tensor:
+        return _maps(x, grid)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return _rows(gradients[0]), None
 
 
-def _by_channel(maps: torch.Tensor) -> torch.Tensor:
-    """Return feature maps [B, C, H, W] as a matrix [C, B * H * W]."""
-    if maps.is_contiguous(memory_format=torch.channels_last):  # torch transposes matrices five times as fast as maps
-        transposed: torch.Tensor = _Transpose.apply(maps.permute(0, 2, 3, 1).flatten(0, 2))
-        return transposed
+class _ToRows(torch.autograd.Function):
+    """Feature maps [B, C, H, W] as a matrix [C, B * H * W]."""
+
+    @staticmethod
+    def forward(ctx: Any, maps: torch.Tensor) -> torch.Tensor:
+        ctx.grid = maps.shape[0], maps.shape[2], maps.shape[3]
+        return _rows(maps)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        return _maps(gradients[0], ctx.grid)
+
+
+# Each direction in the form that torch copies fastest.
+
+
+def _maps(rows: torch.Tensor, grid: tuple[int, int, int]) -> torch.Tensor:
+    return rows.unflatten(1, grid).transpose(0, 1).contiguous(memory_format=torch.channels_last)
+
+
+def _rows(maps: torch.Tensor) -> torch.Tensor:
+    if maps.is_contiguous(memory_format=torch.channels_last):
+        return maps.permute(0, 2, 3, 1).flatten(0, 2).t().contiguous()
     return maps.transpose(0, 1).flatten(1)
 
 
@@ -284,7 +302,7 @@ class FeatureFlow(nn.Module):
             each position [B, H, W], in nats.
         """
         grid = features.shape[0], features.shape[2], features.shape[3]
-        x = (_by_channel(features) - self.mean.view(-1, 1)) / self.std.view(-1, 1)  # [C, B * H * W]
+        x = (_rows(features) - self.mean.view(-1, 1)) / self.std.view(-1, 1)  # [C, B * H * W]
         log_det = x.new_zeros(x.shape[1])
         for step in self.steps:
             assert isinstance(step, FlowStep)
