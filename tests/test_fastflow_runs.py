@@ -12,6 +12,7 @@ from in_process import Finished, invoke, read_rows
 
 from patchcore.cli import load_and_evaluate_fastflow, run_fastflow
 from patchcore.methods.fastflow import FastFlow
+from patchcore.presets import Preset
 from patchcore.storage.torch_export import read_torch_file
 
 COMMON = ("--device", "cpu", "--threads", "1")
@@ -222,7 +223,7 @@ def test_what_is_no_model_is_one_line(command: str, export: Path, data: Path, tm
 def test_configuration_of_each_class_is_recorded(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "patchcore.cli.typed_fastflow.fastflow_preset",
-        lambda backbone, category: type("Preset", (), {"settings": {"clamp": 1.0 if category == "rod" else 3.0}}),
+        lambda backbone, category: Preset(backbone, category, {"clamp": 1.0 if category == "rod" else 3.0}, "ours"),
     )
     flags = ("--use_class_specific", "--epochs", "1")
     terminal = train(tmp_path, data, *flags, of_dataset=("-d", "plate", "-d", "rod"))

@@ -364,7 +364,7 @@ def test_spread_is_the_standard_deviation_of_each_map() -> None:
     net = FastFlowNet(shapes, CONFIG, seed=0)
     maps = [features(7, shape) for shape in shapes]
     net.measure_spread(maps, batch_size=3)
-    expected = [latent_bits(flow(x)[0]).std() for flow, x in zip(net.flows, maps, strict=True)]
+    expected = [latent_bits(flow(x)[0]).std(correction=0) for flow, x in zip(net.flows, maps, strict=True)]
     torch.testing.assert_close(net.spread, torch.stack(expected).detach())
     net.measure_spread([torch.ones(2, *shape) for shape in shapes], batch_size=1)
     assert net.spread.isfinite().all() and (net.spread > 0).all()

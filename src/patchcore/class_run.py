@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,7 @@ class ClassTask:
     outputs: OutputConfig
     device: torch.device
     epochs: EpochConfig = field(default_factory=EpochConfig)
+    log_group: str = ""
 
     def row_name(self, category: str) -> str:
         return f"{self.dataset.name}_{category}"
@@ -87,21 +89,26 @@ def train_class(
     """Train, calibrate and evaluate one class, and write its files."""
     reset_peak_memory()
     train, held_out, test = (open_dataset(task.dataset, category, split, seed) for split in DatasetSplit)
-    for part in (train, held_out, test) if calibration == "split" else (train, test):
-        part.check_files()
     detector = builders[category](TrainingSource(task.dataset.name, category, seed), task.device)
+    for part in (train, held_out, test):
+        part.check_files(detector.smallest_side_px)
     detector.plan = _training_plan(task, category, detector, held_out, test)
+    history_folder = task.folder / "training" / task.row_name(category)
     started = time.perf_counter()
-    detector.fit(_loader(task, train))
+    try:
+        detector.fit(_loader(task, train))
+    except ConfigurationError as error:  # of a checkpoint: the fault of this class alone
+        raise DataError(str(error)) from error
+    finally:  # the history matters most where training failed
+        _write_history(history_folder, category, detector.training_artifacts(task.log_group))
     trained = time.perf_counter()
     detector.calibration_ = _calibrate(detector, calibration, held_out, task)
     detector.release_training_data()
     calibrated = time.perf_counter()
-    artifacts = detector.training_artifacts(task.folder.name)
-    _write_history(task.folder / "training" / task.row_name(category), category, artifacts)
     if task.outputs.models:
-        detector.save(task.folder / "models" / task.row_name(category), artifacts.exports)
-    _checkpoint(task, category).unlink(missing_ok=True)
+        exports = detector.training_artifacts(task.log_group).exports
+        folder = task.folder / "models" / task.row_name(category)
+        detector.save(folder, {name: content() for name, content in exports.items()})
     LOGGER.debug(
         "%s: %d training images, %s", category, len(train), detector.calibration_ and detector.calibration_.image
     )
@@ -110,7 +117,15 @@ def train_class(
         "train_seconds": trained - started,
         "calibration_seconds": calibrated - trained,
     }
-    return evaluate_class(task, category, detector, test, timings)
+    result = evaluate_class(task, category, detector, test, timings)
+    _remove_checkpoint(_checkpoint(task, category))  # last: who resumes an evaluation needs no training again
+    return result
+
+
+def _remove_checkpoint(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    with suppress(OSError):  # there is none, or it holds those of other classes
+        path.parent.rmdir()
 
 
 def _checkpoint(task: ClassTask, category: str) -> Path:
@@ -166,7 +181,9 @@ def _write_history(folder: Path, category: str, artifacts: TrainingArtifacts) ->
     columns = list(artifacts.history[0])
     rows = [[run_folder.format_number(row[name]) for name in columns] for row in artifacts.history]
     write_csv(folder / "training_log.csv", columns, rows)
-    write_bytes(folder / "training_curve.png", png_bytes(training_picture(artifacts.history, category)))
+    write_bytes(
+        folder / "training_curve.png", png_bytes(training_picture(artifacts.history, category, artifacts.loss_unit))
+    )
 
 
 def outputs_exist(task: ClassTask, row_name: str) -> bool:

@@ -76,11 +76,13 @@ class TrainingArtifacts:
 
     Attributes:
         history: One row per epoch, column to value; with an `epoch`, and losses in columns that end in `loss`.
-        exports: Files for other programs, name to content; they go into the model folder.
+        loss_unit: Unit of these losses.
+        exports: Files for other programs, name to what returns the content; they go into the model folder.
     """
 
     history: tuple[Mapping[str, float | None], ...] = ()
-    exports: Mapping[str, bytes] = field(default_factory=dict)
+    loss_unit: str = ""
+    exports: Mapping[str, Callable[[], bytes]] = field(default_factory=dict)
 
 
 class NotFittedError(RuntimeError):
@@ -157,6 +159,11 @@ class AnomalyDetector(ABC):
         """Whether the score of an image stands for itself, so that a threshold means something."""
         return True
 
+    @property
+    def smallest_side_px(self) -> int:
+        """Shortest side that an image may have after the preprocessing, px."""
+        return 1
+
     def join(self, predictions: Sequence[Prediction]) -> Prediction:
         """Join the predictions of the batches of one test set, at least one, with maps of one size."""
         maps = [p.maps for p in predictions if p.maps is not None]
@@ -166,7 +173,7 @@ class AnomalyDetector(ABC):
         """Free what only calibration needs; called once it is over."""
 
     def training_artifacts(self, log_group: str) -> TrainingArtifacts:
-        """Return what the training leaves besides the model; most methods leave nothing.
+        """Return what the training has left besides the model, as far as it came; most methods leave nothing.
 
         Args:
             log_group: Name of the run, for the names of files.

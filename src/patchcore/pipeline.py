@@ -89,7 +89,7 @@ def train_and_evaluate(
         if len(identities) > 1:
             LOGGER.info("seed %d (%d of %d)", seed, number, len(identities))
         folder = _open_run_folder(parent, _group(run, seed), identity, run, device)
-        task = ClassTask(folder, dataset, run.outputs, device, run.epochs)
+        task = ClassTask(folder, dataset, run.outputs, device, run.epochs, _group(run, seed))
         announce(f"results: {folder}")
         process = functools.partial(train_class, task, seed=seed, builders=builders, calibration=run.calibration)
         with (
@@ -357,8 +357,9 @@ def load_and_evaluate(
     def process(category: str) -> ClassResult:
         reset_peak_memory()
         test = open_dataset(dataset, category, DatasetSplit.TEST, 0)
-        test.check_files()
-        return evaluate_class(task, category, models[category].restore(device), test, {})
+        detector = models[category].restore(device)
+        test.check_files(detector.smallest_side_px)
+        return evaluate_class(task, category, detector, test, {})
 
     with log_to_file(folder / "run.log"):
         results, failures = _process_classes(task, process, skip_existing=False, tracker=Tracker([]))

@@ -40,9 +40,15 @@ def progress(iterable: Iterable[T] | None, description: str, total: int | None =
 
     terminal = sys.stderr.isatty()
     interval = 0.2 if terminal else 5.0
-    # In a log a bar is left, because only then it ends its line.
     return tqdm(
-        iterable, desc=description, total=total, delay=1.0, mininterval=interval, leave=not terminal, dynamic_ncols=True
+        iterable,
+        desc=description,
+        total=total,
+        delay=1.0,
+        mininterval=interval,
+        leave=not terminal,  # in a log a bar is left, because only then it ends its line
+        position=None if terminal else 0,  # bars within bars move the cursor, which a log shows as escape codes
+        dynamic_ncols=True,
     )
 
 

@@ -50,7 +50,7 @@ DEFAULT_CHECKPOINT_EVERY = 10
     "run_fastflow",
     cls=ChainedCommand,
     required_steps=("dataset", "fastflow"),
-    once=("--log_group", "--checkpoint"),
+    once=("--log_group", "--checkpoint", "--category"),
 )
 @click.argument("results_path")
 @with_options(
@@ -163,6 +163,9 @@ def _train(model: TypedFastFlow, typed: TypedDataset, run: RunConfig) -> int:
     from patchcore.pipeline import train_and_evaluate
 
     def config_of(category: str) -> FastFlowConfig:
+        preset = model.preset(category)
+        if preset is not None:
+            LOGGER.info("%s: preset %s of %s, %s", category, preset.category, preset.backbone, preset.source)
         return model.config_of(category, typed)
 
     complete = train_and_evaluate("fastflow", config_of, run, dataset, SearchConfig(), announce)

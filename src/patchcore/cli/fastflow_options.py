@@ -75,7 +75,7 @@ TRAINING_OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option("--lr", type=float, default=None, help="Highest learning rate; 1e-3 if left out."),
     click.option("--weight_decay", type=float, default=None, help="Decoupled weight decay; 1e-5 if left out."),
     click.option("--schedule", type=click.Choice(SCHEDULES), help="Of the learning rate; one_cycle if left out."),
-    click.option("--grad_clip", type=float, default=None, help="Longest gradient; 1.0 if left out, 0 for none."),
+    click.option("--grad_clip", type=float, default=None, help="Longest gradient; 0.1 if left out, 0 for none."),
     click.option("--feature_noise", type=float, default=None, help="Noise on training features; 0 if left out."),
     click.option(
         "--patience", type=int, default=None, help="Stop after so many epochs without progress on held-out images."
@@ -164,4 +164,11 @@ def fastflow_dataset_step(
     if name and dataset_name not in (None, name):
         raise click.UsageError(f"the data set is {name!r} and --dataset_name {dataset_name!r}: name it once")
     chosen = (category,) if category is not None else categories
-    return "dataset", TypedDataset(name or dataset_name or MPDD, data_path, chosen, **typed)
+    return "dataset", TypedDataset(_dataset_name(name, dataset_name), data_path, chosen, **typed)
+
+
+def _dataset_name(argument: str, option: str | None) -> str:
+    """Return the data set that was named; `argument` is "" where --category takes its place."""
+    if option is not None:
+        return option
+    return argument or MPDD

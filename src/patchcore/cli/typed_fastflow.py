@@ -19,7 +19,7 @@ from patchcore.configs import (
 )
 from patchcore.configs.typed import ANY_VALUE, TypedSetting
 from patchcore.errors import ConfigurationError
-from patchcore.presets import fastflow_backbone, fastflow_backbone_names, fastflow_preset, with_settings
+from patchcore.presets import Preset, fastflow_backbone, fastflow_backbone_names, fastflow_preset, with_settings
 
 DEFAULT_IMAGESIZE_PX = 224
 DEFAULT_MAX_SIDE_PX = 1024
@@ -198,7 +198,7 @@ class TypedFastFlow:
 
     def backbone_config(self) -> BackboneConfig:
         """Return the backbone, with the layers that stand for it when none is typed."""
-        typed = self.backbone or DEFAULT_BACKBONE
+        typed = DEFAULT_BACKBONE if self.backbone is None else self.backbone
         known = fastflow_backbone(typed)
         layers = self.layers or known.layers
         if not layers:
@@ -206,8 +206,12 @@ class TypedFastFlow:
                 f"backbone {typed!r} has no layers of its own here ({near_matches(typed, fastflow_backbone_names())}): "
                 "mend the name, or name each layer with --layers"
             )
-        weights = _weights(self.weights or "pretrained")
+        weights = _weights("pretrained" if self.weights is None else self.weights)
         return BackboneConfig(known.name, layers, weights, self.normalization or "imagenet")
+
+    def preset(self, category: str) -> Preset | None:
+        """Return the preset of a class, if presets are asked for."""
+        return fastflow_preset(self.backbone_config().name, category) if self.use_class_specific else None
 
     def config_of(self, category: str, dataset: TypedDataset) -> FastFlowConfig:
         """Return the configuration of a class: default, then preset, then what was typed; the later beats the earlier.
@@ -220,8 +224,8 @@ class TypedFastFlow:
             ConfigurationError: A value is wrong or has no effect beside the others.
         """
         config = FastFlowConfig(self.backbone_config())
-        if self.use_class_specific:
-            config = with_settings(config, fastflow_preset(config.backbone.name, category).settings)
+        if (preset := self.preset(category)) is not None:
+            config = with_settings(config, preset.settings)
         batches = {} if dataset.batch_size is None else {"batch_size": dataset.batch_size}
         typed = {SETTING_PATHS[name][-1]: value for name, value in self.settings.items()}
         config = with_settings(config, {**batches, **typed})
@@ -238,7 +242,7 @@ class TypedFastFlow:
         Raises:
             ConfigurationError: Two of the sizes differ, or an option was typed that has no effect.
         """
-        made_for = fastflow_backbone(self.backbone or DEFAULT_BACKBONE).input_size
+        made_for = fastflow_backbone(DEFAULT_BACKBONE if self.backbone is None else self.backbone).input_size
         sizes = {"--imagesize": dataset.imagesize, "--input_size": self.input_size, "the backbone's size": made_for}
         given = {name: size for name, size in sizes.items() if size is not None}
         (first, size), *others = given.items() or [("default", DEFAULT_IMAGESIZE_PX)]
@@ -274,4 +278,6 @@ class TypedFastFlow:
 
 def _weights(typed: str) -> str:
     """Return the weights of a backbone, a path absolute: a model must find them from any working directory."""
+    if not typed:
+        raise ConfigurationError("--weights is empty, expected pretrained, random or a path: an unset variable?")
     return typed if typed in ("pretrained", "random") else os.path.abspath(typed)

@@ -46,13 +46,17 @@ def require_fraction(what: str, value: float) -> None:
         raise ConfigurationError(f"{what} is {value}, expected a share in (0, 1], for example 0.1 for 10 %")
 
 
-def require_positive(what: str, value: float) -> None:
-    """Raise ConfigurationError unless `value` is a finite number above 0."""
+def require_positive(what: str, value: float, maximum: float = math.inf) -> None:
+    """Raise ConfigurationError unless `value` is a finite number above 0, and at most `maximum`."""
     if not (math.isfinite(value) and value > 0):
         raise ConfigurationError(f"{what} is {value}, expected a number above 0")
+    if value > maximum:
+        raise ConfigurationError(f"{what} is {value}, expected {maximum:g} or less")
 
 
-def require_not_negative(what: str, value: float) -> None:
-    """Raise ConfigurationError unless `value` is a finite number, 0 or more."""
+def require_not_negative(what: str, value: float, maximum: float = math.inf) -> None:
+    """Raise ConfigurationError unless `value` is a finite number, 0 or more, and at most `maximum`."""
     if not (math.isfinite(value) and value >= 0):
         raise ConfigurationError(f"{what} is {value}, expected a number of 0 or more")
+    if value > maximum:
+        raise ConfigurationError(f"{what} is {value}, expected {maximum:g} or less")

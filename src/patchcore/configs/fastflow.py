@@ -35,19 +35,19 @@ class TrainingConfig:
     lr: float = 1e-3
     weight_decay: float = 1e-5
     schedule: str = "one_cycle"
-    grad_clip: float | None = 1.0
+    grad_clip: float | None = 0.1
     patience: int | None = None
 
     def __post_init__(self) -> None:
-        require_at_least("--epochs", self.epochs, 1)
-        require_at_least("training batch size", self.batch_size, 1, 65536)
-        require_positive("--lr", self.lr)
-        require_not_negative("--weight_decay", self.weight_decay)
+        require_at_least("--epochs", self.epochs, 1, 1_000_000)
+        require_at_least("--batch_size", self.batch_size, 1, 65536)
+        require_positive("--lr", self.lr, 1e6)
+        require_not_negative("--weight_decay", self.weight_decay, 1e6)
         require_choice("--schedule", self.schedule, SCHEDULES)
         if self.grad_clip is not None:
             require_positive("--grad_clip", self.grad_clip)
         if self.patience is not None:
-            require_at_least("patience of early stopping", self.patience, 1)
+            require_at_least("--patience", self.patience, 1)
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class PostProcessingConfig:
 
     def __post_init__(self) -> None:
         require_choice("--smoothing", self.smoothing, SMOOTHINGS)
-        require_positive("--smoothing_px", self.smoothing_px)
+        require_positive("--smoothing_px", self.smoothing_px, 256)
         if not self.scales or len(set(self.scales)) < len(self.scales):
             raise ConfigurationError(f"--multi_scale {self.scales}: name each scale once, at least one")
         for scale in self.scales:
@@ -141,9 +141,9 @@ class FastFlowConfig:
 
     def __post_init__(self) -> None:
         require_at_least("--flow_steps", self.flow_steps, 1, 64)
-        require_positive("--hidden_ratio", self.hidden_ratio)
-        require_positive("--clamp", self.clamp)
-        require_not_negative("feature noise", self.feature_noise)
+        require_positive("--hidden_ratio", self.hidden_ratio, 16)
+        require_positive("--clamp", self.clamp, 20)
+        require_not_negative("--feature_noise", self.feature_noise, 100)
         require_choice("--map_mode", self.map_mode, MAP_MODES)
         require_choice("--image_score", self.image_score, IMAGE_SCORES)
         require_choice("--precision", self.precision, PRECISIONS)

@@ -271,18 +271,27 @@ class InspectionDataset(Dataset[Any]):
             raise DataError(_size_mismatch(mask_path, mask.shape, self.records[index].path, size))
         return mask
 
-    def check_files(self) -> None:
+    def check_files(self, smallest_side_px: int = 1) -> None:
         """Read the header of every file; warn of images that the crop cuts much of, and of ones that read as black.
 
+        Args:
+            smallest_side_px: Shortest side that an image may have after resize and crop, px.
+
         Raises:
-            DataError: A file is no image, or a mask has another size than its image.
+            DataError: A file is no image or smaller than that, or a mask has another size than its image.
         """
         worst, worst_path = 0.0, None
         for record in progress(self.records, f"{self.category}: checking files"):
             size = upright_size(record.path)
             if record.mask_path is not None and (mask_size := upright_size(record.mask_path)) != size:
                 raise DataError(_size_mismatch(record.mask_path, mask_size, record.path, size))
-            lost = place(*size, self.preprocessing).lost_fraction
+            placement = place(*size, self.preprocessing)
+            if min(placement.crop_height, placement.crop_width) < smallest_side_px:
+                raise DataError(
+                    f"{record.path}: scored at {placement.crop_width} x {placement.crop_height} px, smaller than a "
+                    f"tile of {smallest_side_px} px: use a smaller --patch_size or larger --max_side, or remove it"
+                )
+            lost = placement.lost_fraction
             if lost > worst:
                 worst, worst_path = lost, record.path
         if worst_path is not None:

@@ -180,12 +180,13 @@ def fewshot_picture(points: Sequence[FewShotPoint], mean_row: str) -> Image.Imag
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
-def training_picture(history: Sequence[Mapping[str, float | None]], category: str) -> Image.Image:
+def training_picture(history: Sequence[Mapping[str, float | None]], category: str, loss_unit: str = "") -> Image.Image:
     """Draw the losses of a training against its epochs.
 
     Args:
         history: One row per epoch, with `epoch` and the losses in columns that end in `loss`.
         category: Class, for the title.
+        loss_unit: Unit of the losses, for the axis.
 
     Returns:
         An RGB image with one line for each loss that has values.
@@ -202,7 +203,7 @@ def training_picture(history: Sequence[Mapping[str, float | None]], category: st
         style = LINE_STYLES[number % len(LINE_STYLES)]
         panel.plot(*zip(*points, strict=True), style, color=LINE_COLOURS[number % len(LINE_COLOURS)], label=name)
     panel.set_xlabel("epoch")
-    panel.set_ylabel("loss")
+    panel.set_ylabel(f"loss, {loss_unit}" if loss_unit else "loss")
     panel.set_title(_fitted(category, 400).replace("$", r"\$"))
     panel.grid(color="0.9")
     panel.spines[["top", "right"]].set_visible(False)
@@ -326,7 +327,7 @@ def _resized(image: np.ndarray, resampling: Image.Resampling = Image.Resampling.
 
 def _resized_flags(flags: np.ndarray) -> np.ndarray:
     """Scale flags; a pixel of the panel is set if any of those that it stands for is: small defects must be seen."""
-    return np.asarray(_resized(255 * flags.astype(np.uint8), Image.Resampling.BOX)) > 0
+    return np.asarray(_resized(flags.astype(np.float32), Image.Resampling.BOX)) > 0
 
 
 def _outline(flags: np.ndarray) -> np.ndarray:

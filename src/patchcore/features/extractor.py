@@ -129,7 +129,8 @@ class FeatureExtractor(nn.Module):
     @torch.no_grad()
     def _run(self, images: torch.Tensor) -> dict[str, Any]:
         """Return the outputs of every step and inner layer by name."""
-        x = images.to(self.mean.device, torch.float32, non_blocking=True, memory_format=torch.channels_last)
+        device = self.mean.device  # only CUDA waits for a copy before the memory is used again
+        x = images.to(device, torch.float32, non_blocking=device.type == "cuda", memory_format=torch.channels_last)
         x = (x - self.mean) / self.std
         inner_maps: dict[str, Any] = {}
         self._inner.maps = inner_maps

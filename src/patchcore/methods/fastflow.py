@@ -5,9 +5,11 @@ Source: Yu et al., "FastFlow: Unsupervised Anomaly Detection and Localization vi
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -15,6 +17,7 @@ import torch.nn.functional as F
 
 from patchcore.config_json import config_to_dict
 from patchcore.configs import (
+    BackboneConfig,
     FastFlowConfig,
     PreprocessingConfig,
     SearchConfig,
@@ -28,6 +31,7 @@ from patchcore.detector import (
     NotFittedError,
     Prediction,
     TrainingArtifacts,
+    TrainingPlan,
     register_detector,
     require_images,
 )
@@ -42,6 +46,8 @@ from patchcore.scoring.post_processing import post_processed
 
 if TYPE_CHECKING:
     from patchcore.methods.normalizing_flow import FastFlowNet
+
+LOGGER = logging.getLogger(__name__)
 
 IMAGES_PER_FORWARD = 8  # of cached features: bounds the latent variables that are held at once
 SIZE_STEP_PX = 32  # what the strides of common backbones multiply to
@@ -93,6 +99,7 @@ class FastFlow(AnomalyDetector):
         self.device = extractor.mean.device
         self.history_: list[EpochRecord] = []
         self._flows: FastFlowNet | None = None
+        self._unmeasured: list[torch.Tensor] | None = None  # features whose spread the flows do not know yet
         self._training_data: TrainingData | None = None
         self._weights_epoch = 0
 
@@ -106,7 +113,7 @@ class FastFlow(AnomalyDetector):
             ConfigurationError: Backbone, weights or layers are unknown or do not fit.
         """
         _require_tiles(config, preprocessing)
-        extractor = build_extractor(config.backbone, preprocessing.imagesize_px)
+        extractor = _shared_extractor(config.backbone, preprocessing.imagesize_px)
         _require_scales(config, extractor, preprocessing.imagesize_px)
         return lambda source, device: cls(config, extractor.to(device), preprocessing, source)
 
@@ -139,13 +146,23 @@ class FastFlow(AnomalyDetector):
 
         def report(training: Training, record: EpochRecord) -> None:
             assert after_epoch is not None
-            self._flows = self._measured(training, features)  # the detector predicts, for as long as it is asked
+            # The detector predicts, for as long as it is asked.
+            self._flows, self._unmeasured = training.module, features  # type: ignore[assignment]
             after_epoch(record.epoch, training.state_dict)
-            self._flows = None
+            self._flows = self._unmeasured = None
 
-        self.history_ = training.run(features, held_out, None if after_epoch is None else report)
+        self.history_ = training.history  # filled as it goes: what diverges leaves its history too
+        training.run(features, held_out, None if after_epoch is None else report)
         self._flows = self._measured(training, features)
         self._weights_epoch = training.weights_epoch
+        if self._weights_epoch < self.config.training.epochs:
+            LOGGER.info(
+                "%s: stopped after %d of %d epochs, the model has the weights of epoch %d",
+                self.source.category,
+                len(self.history_),
+                self.config.training.epochs,
+                self._weights_epoch,
+            )
 
     def _embedded(self, loader: ImageBatches, what: str) -> tuple[list[torch.Tensor], torch.Tensor]:
         """Compute the feature maps of all images once: the backbone is frozen and there is no augmentation.
@@ -158,7 +175,7 @@ class FastFlow(AnomalyDetector):
             raise DataError("no training images, expected at least one")
         tiles = self.config.tiles
         most_rows = loader.num_images * (tiles.training_tiles if tiles else 1)
-        buffers = [torch.empty(most_rows, *shape).to(memory_format=torch.channels_last) for shape in self.shapes]
+        buffers = [torch.empty(most_rows, *shape, memory_format=torch.channels_last) for shape in self.shapes]
         image_of_row: list[int] = []
         num_images = 0
         for batch in progress(loader, f"{self.source.category}: {what}", total=len(loader)):
@@ -209,6 +226,10 @@ class FastFlow(AnomalyDetector):
         flows: FastFlowNet = training.module  # type: ignore[assignment]
         flows.measure_spread(features, IMAGES_PER_FORWARD)
         return flows
+
+    @property
+    def smallest_side_px(self) -> int:
+        return self.config.tiles.patch_size if self.config.tiles else 1
 
     def out_of_fold_calibration(self) -> Calibration | None:
         """Calibrate on the training images, each scored by flows that were trained without it.
@@ -267,6 +288,7 @@ class FastFlow(AnomalyDetector):
 
     def release_training_data(self) -> None:
         self._training_data = None
+        self.plan = TrainingPlan()  # may hold the state of an interrupted training
 
     def predict(self, images: torch.Tensor) -> Prediction:
         """Score images by how unlikely their feature maps are.
@@ -319,12 +341,17 @@ class FastFlow(AnomalyDetector):
     def _require_fitted(self) -> FastFlowNet:
         if self._flows is None:
             raise NotFittedError("this FastFlow has no trained flows: call fit() or load a model folder")
+        if self._unmeasured is not None:
+            self._flows.measure_spread(self._unmeasured, IMAGES_PER_FORWARD)
+            self._unmeasured = None
         return self._flows
 
     def training_artifacts(self, log_group: str) -> TrainingArtifacts:
         """Return the history, and the model as one file that plain torch reads."""
         history = tuple(config_to_dict(record) for record in self.history_)
-        return TrainingArtifacts(history, {f"fastflow_{log_group}_final.pth": self.torch_export()})
+        return TrainingArtifacts(
+            history, loss_unit="bits per dimension", exports={f"fastflow_{log_group}_final.pth": self.torch_export}
+        )
 
     def configuration(self) -> dict[str, Any]:
         return config_to_dict(self.config)
@@ -340,12 +367,24 @@ class FastFlow(AnomalyDetector):
         """
         flows = self._new_flows("flows")
         load_weights(flows, tensors)
+        flows.require_invertible()
         self._flows = flows.eval()
 
 
 def _map_shape(extractor: FeatureExtractor, layer: str) -> tuple[int, int, int]:
     channels, height, width = extractor.feature_shapes[layer]
     return channels, height, width
+
+
+_EXTRACTORS: WeakValueDictionary[tuple[BackboneConfig, int], FeatureExtractor] = WeakValueDictionary()
+
+
+def _shared_extractor(config: BackboneConfig, imagesize_px: int) -> FeatureExtractor:
+    """Return the extractor that detectors of other settings use already, or a new one: each class may have a preset."""
+    key = (config, imagesize_px)
+    extractor = _EXTRACTORS.get(key) or build_extractor(config, imagesize_px)
+    _EXTRACTORS[key] = extractor
+    return extractor
 
 
 def scaled_size(side: int, scale: float) -> int:
@@ -384,8 +423,13 @@ def _require_scales(config: FastFlowConfig, extractor: FeatureExtractor, imagesi
                 f"--multi_scale {sizes[size]:g} and {scale:g} are both {size} px for an input of {imagesize_px} px: "
                 "leave one of them out"
             )
+        if size == imagesize_px and scale != 1:
+            raise ConfigurationError(
+                f"--multi_scale {scale:g} is {size} px for an input of {imagesize_px} px, no other size: use 1, or a "
+                "scale further from it"
+            )
         sizes[size] = scale
-        if size == imagesize_px:
+        if scale == 1:
             continue
         try:
             extractor(torch.zeros(1, 3, size, size))

@@ -8,6 +8,7 @@ last, and get them.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -20,10 +21,12 @@ from torch import nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from patchcore.configs import FastFlowConfig
+from patchcore.errors import ConfigurationError
 
 RELATIVE_STD_FLOOR = 0.1  # of the root mean square over channels; see FeatureFlow.standardise_by
 MIN_SPREAD_BITS = 1e-6  # a flow whose map is flat, as on equal images, is left in its own unit
 LOG_2 = math.log(2.0)
+SEEDING = threading.Lock()  # the generators that FrEIA draws from belong to the whole process
 COEFFICIENT_SCALE = 0.1  # by which FrEIA scales what a subnet gives, for stability
 
 
@@ -383,6 +386,17 @@ class FastFlowNet(nn.Module):
             assert isinstance(flow, FeatureFlow)
             flow.standardise_by(feature_maps)
 
+    def require_invertible(self) -> None:
+        """Raise ConfigurationError if stored values make no flow: not finite, or a permutation that is none."""
+        for name, tensor in self.state_dict().items():
+            if name.endswith(".order"):
+                valid = torch.equal(tensor.sort().values, torch.arange(len(tensor), device=tensor.device))
+            else:
+                valid = bool(tensor.isfinite().all())
+            if not valid:
+                expected = "a permutation" if name.endswith(".order") else "finite numbers"
+                raise ConfigurationError(f"{name} of the stored flows is not {expected}: train the model anew")
+
     def forward(self, features: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Return what each flow makes of its feature map: latent variable and log-determinant."""
         return [flow(feature_map) for flow, feature_map in zip(self.flows, features, strict=True)]
@@ -408,7 +422,8 @@ class FastFlowNet(nn.Module):
         """Learn the standard deviation of each flow's likelihoods over the positions of normal images."""
         parts = zip(*(maps.split(batch_size) for maps in features), strict=True)
         grids = [self._likelihoods([maps.to(self.spread.device) for maps in part]) for part in parts]
-        spread = [torch.cat([grid.flatten() for grid in of_flow]).std() for of_flow in zip(*grids, strict=True)]
+        values = [torch.cat([grid.flatten() for grid in of_flow]) for of_flow in zip(*grids, strict=True)]
+        spread = [of_flow.std(correction=0) for of_flow in values]  # there may be one value alone
         self.spread.copy_(torch.stack(spread).clamp(min=MIN_SPREAD_BITS))
 
     def _likelihoods(self, features: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -443,8 +458,8 @@ class FastFlowNet(nn.Module):
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
     """Seed torch and numpy, whose global generator FrEIA draws permutations from, for as long as the context lasts."""
-    before = np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
+    with SEEDING, torch.random.fork_rng(devices=[]):
+        before = np.random.get_state()
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every GPU as well
         np.random.seed(seed % 2**32)
         try:

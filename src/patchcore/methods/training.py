@@ -26,6 +26,7 @@ WARMUP_SHARE = 0.3  # of the steps of one cycle; with the divisors below those o
 START_DIVISOR = 25.0  # the first learning rate of one cycle is lr / 25 ...
 END_DIVISOR = 1e4  # ... and the last one the first / 10^4
 WITHOUT_HELD_OUT = "early stopping watches held-out images, found none: hold some out, such as --train_val_split 0.8"
+CHECKED_IMAGES = 2  # whose loss shows after each epoch that its last step has not spoilt the weights
 FUSED_DEVICES = ("cpu", "cuda")  # where the optimiser takes its step in one pass over the weights
 DIVERGED_BY = 10.0  # an epoch whose mean loss lies so many times max(1, |first loss|) above the first has diverged
 
@@ -147,7 +148,8 @@ class Training:
                 if after_epoch is not None:
                     after_epoch(self, record)
         self.module.eval()
-        if self._best_weights is not None:
+        is_over = self._stopped_early or len(self.history) == self.config.epochs
+        if self._best_weights is not None and is_over:  # else the remaining epochs go on from the last weights
             self.module.load_state_dict(self._best_weights)
         return self.history
 
@@ -170,7 +172,11 @@ class Training:
         self.module.eval()
         mean = total_loss / num_images
         self._require_convergence(mean, epoch)
+        # The losses above were measured before each step: the last step may have gone anywhere.
+        self._require_convergence(self.mean_loss([tensor[:CHECKED_IMAGES] for tensor in data]), epoch)
         held_out_loss = None if held_out is None else self.mean_loss(held_out)
+        if held_out_loss is not None and not math.isfinite(held_out_loss):
+            raise DataError(self._diverged(epoch, f"a loss of {held_out_loss:g} on held-out images"))
         seconds = time.perf_counter() - started
         return EpochRecord(epoch, mean, held_out_loss, self.config.lr * rate, total_norm / len(batches), seconds)
 
@@ -193,14 +199,15 @@ class Training:
 
     def _require_convergence(self, loss: float, epoch: int) -> None:
         assert self._first_loss is not None
-        if loss > self._first_loss + DIVERGED_BY * max(1.0, abs(self._first_loss)):
+        highest = self._first_loss + DIVERGED_BY * max(1.0, abs(self._first_loss))
+        if not loss <= highest:  # nor NaN
             raise DataError(self._diverged(epoch, f"a loss of {loss:g} that began at {self._first_loss:g}"))
 
     def _diverged(self, epoch: int, found: str) -> str:
-        clip = "a smaller --grad_clip" if self.config.grad_clip is not None else "--grad_clip 1"
+        clip = "a smaller --grad_clip" if self.config.grad_clip is not None else "--grad_clip 0.1"
         return (
             f"{self.description}: training diverged in epoch {epoch} of {self.config.epochs} ({found}), expected a "
-            f"falling loss: use a smaller --lr than {self.config.lr:g}, or {clip}"
+            f"falling loss: use a smaller --lr than {self.config.lr:g}, or {clip}, in a new run"
         )
 
     @torch.no_grad()
@@ -213,7 +220,8 @@ class Training:
         return total / len(data[0])
 
     def _rows(self, data: Data, rows: torch.Tensor) -> list[torch.Tensor]:
-        return [tensor[rows].to(self.device, non_blocking=True) for tensor in data]
+        # Only CUDA waits for a copy before the memory is used again; elsewhere the batch could change under way.
+        return [tensor[rows].to(self.device, non_blocking=self.device.type == "cuda") for tensor in data]
 
     def _generator(self, epoch: int) -> torch.Generator:
         return torch.Generator().manual_seed(derive_seed(self.seed, "order", epoch))
@@ -243,8 +251,10 @@ class Training:
         """Take over what `state_dict` gave, of a training of the same configuration, seed and network.
 
         Raises:
-            ConfigurationError: It is of another training.
+            ConfigurationError: It is of another training, or of none.
         """
+        if missing := sorted(self.state_dict().keys() - state.keys()):
+            raise ConfigurationError(f"the checkpoint holds no {missing[0]!r}, expected the state of a training")
         mine = {**config_to_dict(self.config), "seed": self.seed}
         theirs = {**state["config"], "seed": state["seed"]}
         for name, value in mine.items():
@@ -271,10 +281,19 @@ def load_weights(module: nn.Module, weights: Mapping[str, torch.Tensor]) -> None
         for name, tensor in expected.items()
         if name in weights and weights[name].shape != tensor.shape
     ]
+    misfits += [
+        f"{name} is {weights[name].dtype}, {weights[name].layout} instead of {tensor.dtype}, {tensor.layout}"
+        for name, tensor in expected.items()
+        if name in weights and (weights[name].layout != torch.strided or not _same_kind(weights[name], tensor))
+    ]
     if misfits:
         shown = "; ".join(misfits[:3]) + (f"; and {len(misfits) - 3} more" if len(misfits) > 3 else "")
         raise ConfigurationError(f"weights and configuration do not fit: {shown}: they belong to different models")
     module.load_state_dict(weights)
+
+
+def _same_kind(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.is_floating_point() == other.is_floating_point() and one.is_complex() == other.is_complex()
 
 
 def schedule_factor(schedule: str, step: int, num_steps: int) -> float:

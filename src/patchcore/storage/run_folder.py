@@ -156,13 +156,13 @@ def require_same_config(folder: Path, config: Mapping[str, Any]) -> None:
         stored = dict(json.loads(path.read_text(encoding="utf-8"))["config"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigurationError(
-            f"--skip_existing: {str(folder)!r} holds no readable config.json: choose another --log_group"
+            f"--skip_existing (or --resume): {str(folder)!r} holds no readable config.json: choose another --log_group"
         ) from error
     wanted = json.loads(json.dumps(config))
     found = [f"{name}: {old!r} there, {new!r} now" for name, old, new in differences(stored, wanted)]
     if found:
         raise ConfigurationError(
-            f"--skip_existing: the run in {str(folder)!r} differs ({'; '.join(found)}): "
+            f"--skip_existing (or --resume): the run in {str(folder)!r} differs ({'; '.join(found)}): "
             "choose another --log_group or the same options"
         )
 
