@@ -56,7 +56,9 @@ EXAMPLES: list[Any] = [
     TrainingConfig(),
     TrainingConfig(3, 4, 1e-2, 0.0, "cosine", None, 2),
     FastFlowConfig(BACKBONE),
-    FastFlowConfig(BACKBONE, 4, 0.5, True, 1.9, 0.1, TrainingConfig(2), "weighted", "topk", "bfloat16", calibration_folds=5),
+    FastFlowConfig(
+        BACKBONE, 4, 0.5, True, 1.9, 0.1, TrainingConfig(2), "weighted", "topk", "bfloat16", calibration_folds=5
+    ),
     FastFlowConfig(BACKBONE, post_processing=PostProcessingConfig(smoothing="guided"), tiles=TileConfig(160, 80)),
     PostProcessingConfig(),
     PostProcessingConfig("gaussian", 2.5, True, (0.75, 1.25)),
