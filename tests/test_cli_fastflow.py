@@ -134,6 +134,7 @@ def test_the_name_is_absent_exactly_when_category_is_typed(
         ("--category a mpdd data", "found 'data' where a step was expected"),
         ("--category a -d b data", "name classes with one of the two"),
         ("--dataset_name mvtec mpdd data", "'mpdd' and --dataset_name 'mvtec'"),
+        ("--category a --category b data", "--category is 'a' and then 'b': type it once"),
     ],
 )
 def test_contradictory_data_sets(typed: str, message: str) -> None:
@@ -311,9 +312,10 @@ def test_an_appended_option_of_the_command_needs_no_place(trained: list[Any]) ->
     assert refused.code == 2 and "--log_group is 'a' and then 'b': type it once" in refused.err
 
 
-@pytest.mark.parametrize("option", ["--log_group", "--checkpoint"])
+@pytest.mark.parametrize("option", ["--log_group", "--checkpoint", "--category"])
 def test_two_different_values_are_an_error(option: str) -> None:
-    finished = run(option, "a", *DATASET, *FASTFLOW, option, "b", "--eval_only")
+    dataset = ("dataset", "data") if option == "--category" else DATASET
+    finished = run(*dataset, *FASTFLOW, option, "a", option, "b", "--eval_only")
     assert finished.code == 2 and f"{option} is 'a' and then 'b': type it once" in finished.err
 
 
@@ -328,6 +330,18 @@ def test_two_different_values_are_an_error(option: str) -> None:
         (["--smoothing", "gaussian", "--smoothing_px", "0"], "--smoothing_px is 0.0"),
         (["--multi_scale", "1", "--multi_scale", "1"], "--multi_scale (1.0, 1.0): name each scale once"),
         (["--multi_scale", "9"], "--multi_scale is 9.0, expected a factor from 0.25 to 4"),
+        (["--multi_scale", "1.01", "--weights", "random"], "--multi_scale 1.01 is 224 px for an input of 224 px"),
+        (["--hidden_ratio", "17"], "--hidden_ratio is 17.0, expected 16 or less"),
+        (["--hidden_ratio", "1e30"], "--hidden_ratio is 1e+30, expected 16 or less"),
+        (["--epochs", "1000001"], "--epochs is 1000001, expected 1000000 or less"),
+        (["--lr", "1e7"], "--lr is 10000000.0, expected 1e+06 or less"),
+        (["--weight_decay", "1e7"], "--weight_decay is 10000000.0, expected 1e+06 or less"),
+        (["--clamp", "21"], "--clamp is 21.0, expected 20 or less"),
+        (["--feature_noise", "101"], "--feature_noise is 101.0, expected 100 or less"),
+        (["--flow_steps", "65"], "--flow_steps is 65, expected 64 or less"),
+        (["--batch_size", "65537"], "--batch_size is 65537, expected 65536 or less"),
+        (["--patience", "0", "--train_val_split", "0.5"], "--patience is 0, expected 1 or more"),
+        (["--smoothing", "gaussian", "--smoothing_px", "257"], "--smoothing_px is 257.0, expected 256 or less"),
         (["--precision", "half"], "'half' is not one of"),
         (["--preserve_high_res"], "scored in tiles: add --enable_patch_inference"),
         (["--enable_patch_inference", "--patch_size", "225"], "--patch_size 225 is larger than the images of 224 px"),
@@ -378,3 +392,37 @@ def test_seeds_and_defaults_are_accepted_with_eval_only(evaluated: list[dict[str
     assert run(*DATASET, *FASTFLOW, "--eval_only", "--checkpoint", "model", *flags.split()).code == 0
     assert "changes nothing with --eval_only" in " ".join(run("--help").out.split())
     assert len(evaluated) == 1
+
+
+@pytest.mark.parametrize(
+    ("dataset", "flags", "message"),
+    [
+        (["--category", "plate"], ["--backbone", ""], "backbone '' has no layers of its own here"),
+        (["--category", "plate"], ["--backbone", "", "--layers", "layer2"], "unknown backbone ''"),
+        (["--category", "plate"], ["--weights", ""], "--weights is empty, expected pretrained, random or a path"),
+        (["--category", "plate", "--dataset_name", ""], [], "unknown data set ''"),
+        (["--category", ""], [], "class '' not found"),
+        (["-d", ""], [], "class '' not found"),
+        (["-d", "plate", ""], [], "unknown data set ''"),
+    ],
+)
+def test_an_unset_variable_is_not_taken_for_the_default(
+    dataset: list[str], flags: list[str], message: str, tmp_path: Any
+) -> None:
+    write_category(tmp_path, "plate")
+    name = ["mpdd"] if dataset == ["-d", ""] else []
+    finished = invoke(run_fastflow, tmp_path / "out", "dataset", *dataset, *name, tmp_path, "fastflow", *flags)
+    assert finished.code == 2 and message in finished.err, finished.err
+    assert len(finished.error_lines) == 1 and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--hidden_ratio 16 --clamp 20 --feature_noise 100 --flow_steps 64",
+        "--epochs 1000000 --lr 1e6 --weight_decay 1e6 --batch_size 65536",
+        "--smoothing gaussian --smoothing_px 256",
+    ],
+)
+def test_bounds_belong_to_what_is_allowed(flags: str, trained: list[Any]) -> None:
+    configured(trained, *flags.split())

@@ -164,11 +164,6 @@ def fastflow_dataset_step(
     if name and dataset_name not in (None, name):
         raise click.UsageError(f"the data set is {name!r} and --dataset_name {dataset_name!r}: name it once")
     chosen = (category,) if category is not None else categories
-    return "dataset", TypedDataset(_dataset_name(name, dataset_name), data_path, chosen, **typed)
-
-
-def _dataset_name(argument: str, option: str | None) -> str:
-    """Return the data set that was named; `argument` is "" where --category takes its place."""
-    if option is not None:
-        return option
-    return argument or MPDD
+    if dataset_name is None:  # an empty name is no default where one was to be typed: a variable may be unset
+        dataset_name = name if category is None else MPDD
+    return "dataset", TypedDataset(dataset_name, data_path, chosen, **typed)
