@@ -9,16 +9,13 @@ import pytest
 import torch
 from conftest import write_category
 from in_process import Finished, invoke, read_rows
+from small_fastflow import COMMON, MODEL, SIZES, evaluate, same_weights, tensors_of, train
 
-from patchcore.cli import load_and_evaluate_fastflow, run_fastflow
+from patchcore.cli import run_fastflow
 from patchcore.methods.fastflow import FastFlow
+from patchcore.methods.normalizing_flow import FastFlowNet
 from patchcore.presets import Preset
 from patchcore.storage.torch_export import read_torch_file
-
-COMMON = ("--device", "cpu", "--threads", "1")
-LAYERS = ("--layers", "blocks.1", "--layers", "blocks.2")
-MODEL = ("--backbone", "efficientnet_lite0", "--weights", "random", *LAYERS, "--flow_steps", "2")
-SIZES = ("--resize", "64", "--imagesize", "64")
 
 
 @pytest.fixture(scope="module")
@@ -27,17 +24,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for category in ("plate", "rod"):
         write_category(root, category)
     return root
-
-
-def train(out: Path, data: Path, *flags: object, of_dataset: tuple[str, ...] = ("--category", "plate")) -> Finished:
-    name = () if "--category" in of_dataset else ("mpdd",)
-    dataset = ("dataset", *SIZES, "--num_workers", 0, *of_dataset, *name, data)
-    return invoke(run_fastflow, out, *COMMON, *dataset, "fastflow", *MODEL, "--epochs", 4, *flags)
-
-
-def evaluate(out: Path, data: Path, model: Path | str, *flags: object, sizes: tuple[str, ...] = ()) -> Finished:
-    dataset = ("dataset", *sizes, "--num_workers", 0, "-d", "plate", "mpdd", data)
-    return invoke(load_and_evaluate_fastflow, out, *COMMON, "fastflow_loader", "-p", model, *flags, *dataset)
 
 
 @pytest.fixture(scope="module")
@@ -225,23 +211,21 @@ def test_configuration_of_each_class_is_recorded(data: Path, tmp_path: Path, mon
         "patchcore.cli.typed_fastflow.fastflow_preset",
         lambda backbone, category: Preset(backbone, category, {"clamp": 1.0 if category == "rod" else 3.0}, "ours"),
     )
-    flags = ("--use_class_specific", "--epochs", "1")
+    flags = ("--use_class_specific", "--epochs", "1", "--calibration", "none", "--seed", "0", "--seed", "1")
     terminal = train(tmp_path, data, *flags, of_dataset=("-d", "plate", "-d", "rod"))
     assert terminal.code == 0, terminal.err
-    recorded = json.loads((tmp_path / "project" / "group" / "config.json").read_text(encoding="utf-8"))
-    assert "'clamp': 1.0" in str(recorded) and "'clamp': 3.0" in str(recorded)
+    for seed in (0, 1):
+        recorded = json.loads((tmp_path / "project" / f"group_S{seed}" / "config.json").read_text(encoding="utf-8"))
+        assert "'clamp': 1.0" in str(recorded) and "'clamp': 3.0" in str(recorded)
+    for category in ("plate", "rod"):  # once, however many seeds there are
+        assert terminal.err.count(f"{category}: preset {category} of efficientnet_lite0, ours\n") == 1
+
+
+def test_without_a_preset_none_is_named(finished: tuple[Path, Finished]) -> None:
+    assert "preset" not in finished[1].err
 
 
 # ---------------------------------------------------------------- options of runs
-
-
-def tensors_of(group: Path) -> dict[str, torch.Tensor]:
-    (file,) = (group / "models" / "mpdd_plate").glob("fastflow_*_final.pth")
-    return read_torch_file(file).tensors
-
-
-def same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
 def test_test_metrics_between_epochs_change_no_weight(
@@ -268,10 +252,47 @@ def test_thresholds_of_held_out_images(data: Path, tmp_path: Path) -> None:
 
 def test_early_stopping_keeps_the_best_epoch(data: Path, tmp_path: Path) -> None:
     flags = ("--train_val_split", 0.5, "--patience", 1, "--epochs", 60, "--schedule", "constant", "--lr", 0.05)
-    assert train(tmp_path, data, *flags).code == 0
+    terminal = train(tmp_path, data, *flags)
+    assert terminal.code == 0
     rows = read_rows(tmp_path / "project" / "group" / "training" / "mpdd_plate" / "training_log.csv")
     losses = [float(row["held_out_loss"]) for row in rows]
-    assert 1 < len(losses) < 60 and losses[-1] >= losses[-2] == min(losses)
+    last = len(losses)
+    assert 1 < last < 60 and losses[-1] >= losses[-2] == min(losses)
+    kept = f"plate: stopped after {last} of 60 epochs, the model has the weights of epoch {last - 1}\n"
+    assert terminal.err.count(kept) == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "measured"), [(("--checkpoint_every", 1), 1), (("--checkpoint_every", 1, "--eval_every", 2), 3)]
+)
+def test_spread_is_measured_for_whom_it_matters_and_changes_no_weight(
+    flags: tuple[object, ...],
+    measured: int,
+    finished: tuple[Path, Finished],
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """For the model, and for each epoch whose test metrics are asked for; checkpoints need none."""
+    calls: list[int] = []
+    measure = FastFlowNet.measure_spread
+    monkeypatch.setattr(
+        FastFlowNet,
+        "measure_spread",
+        lambda self, features, batch_size: calls.append(1) or measure(self, features, batch_size),
+    )
+    assert train(tmp_path, data, "--save_model", "--calibration", "none", *flags).code == 0
+    assert len(calls) == measured
+    assert same_weights(tensors_of(tmp_path / "project" / "group"), tensors_of(finished[0]))
+
+
+def test_the_export_is_called_after_the_group_also_in_a_folder_with_a_number(data: Path, tmp_path: Path) -> None:
+    for _ in range(2):
+        assert (
+            train(tmp_path, data, "--save_model", "--calibration", "none", "--epochs", 1, "--log_group", "g").code == 0
+        )
+    exports = sorted(path.relative_to(tmp_path / "project") for path in tmp_path.rglob("*.pth"))
+    assert exports == [Path(f"{g}/models/mpdd_plate/fastflow_g_final.pth") for g in ("g", "g_0")]
 
 
 def test_two_seeds_are_two_models_and_a_table(data: Path, tmp_path: Path) -> None:

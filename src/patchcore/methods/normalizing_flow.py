@@ -387,14 +387,15 @@ class FastFlowNet(nn.Module):
             flow.standardise_by(feature_maps)
 
     def require_invertible(self) -> None:
-        """Raise ConfigurationError if stored values make no flow: not finite, or a permutation that is none."""
+        """Raise ConfigurationError if stored values make no flow: not finite, no permutation, no scale to divide by."""
         for name, tensor in self.state_dict().items():
+            expected, valid = "finite numbers", bool(tensor.isfinite().all())
             if name.endswith(".order"):
+                expected = "a permutation"
                 valid = torch.equal(tensor.sort().values, torch.arange(len(tensor), device=tensor.device))
-            else:
-                valid = bool(tensor.isfinite().all())
+            elif name == "spread" or name.endswith(".std"):
+                expected, valid = "positive numbers", valid and bool((tensor > 0).all())
             if not valid:
-                expected = "a permutation" if name.endswith(".order") else "finite numbers"
                 raise ConfigurationError(f"{name} of the stored flows is not {expected}: train the model anew")
 
     def forward(self, features: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
