@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
+import re
 import subprocess
 import sys
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+MAP_TOLERANCE = 0.03
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
 def benchmark(monkeypatch: pytest.MonkeyPatch) -> object:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return __import__("fastflow")
+    return importlib.import_module("fastflow")
 
 
 def test_both_sides_of_the_fastflow_benchmark_agree(benchmark: object) -> None:
@@ -44,7 +49,9 @@ def test_both_sides_of_the_fastflow_benchmark_agree(benchmark: object) -> None:
     # The toolkit joins the scales on the finest grid, the loop on the image.
     maps = toolkit.anomaly_maps(images), reference.anomaly_maps(images)
     assert maps[0].shape == maps[1].shape == (3, 32, 32)
-    torch.testing.assert_close(maps[0], maps[1], rtol=0, atol=0.15)
+    torch.testing.assert_close(maps[0], maps[1], rtol=0, atol=MAP_TOLERANCE)
+    other_images = (maps[0] - maps[1].roll(1, dims=0)).abs().amax(dim=(1, 2))
+    assert other_images.min() > 2 * MAP_TOLERANCE, "a tolerance that maps of other images meet would show nothing"
 
 
 def test_the_fastflow_benchmark_runs() -> None:
@@ -61,3 +68,21 @@ def test_the_fastflow_benchmark_runs() -> None:
     assert done.returncode == 0, done.stderr
     rows = [line.split()[-3:] for line in done.stdout.splitlines()[3:]]
     assert len(rows) == 3 and all(float(cell) > 0 for row in rows for cell in row)
+
+
+def test_the_benchmark_of_tiles_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """At the size of a thumbnail, and in threads of the test where each way has a process of its own otherwise."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    tiles = importlib.import_module("fastflow_tiles")
+    monkeypatch.setattr(tiles, "INPUT_PX", 32)
+    monkeypatch.setattr(tiles.multiprocessing, "get_context", lambda method: SimpleNamespace(Pool=ThreadPool))
+    sizes = {"side": 80, "patch_size": 32, "patch_stride": 16, "threads": 1}
+    arguments = [part for name, value in sizes.items() for part in (f"--{name}", str(value))]
+    monkeypatch.setattr(sys, "argv", ["fastflow_tiles.py", *arguments])
+    tiles.main()
+    title, usual, frugal, difference = capsys.readouterr().out.splitlines()
+    assert title == "resnet18, 80 x 80 px, 16 tiles, 1 threads"
+    assert re.fullmatch(r"usual +peak +\d+ MB, of it +\d+ MB for the image; +\d+\.\d s", usual)
+    assert re.fullmatch(r"--low_memory +peak +\d+ MB, of it +\d+ MB for the image; +\d+\.\d s", frugal)
+    found = re.fullmatch(r"largest difference of the maps: (\S+), maps up to (\S+)", difference)
+    assert found is not None and float(found[2]) > 0 and float(found[1]) <= 1e-5 * float(found[2])

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from patchcore import pipeline
 from patchcore.configs import (
     BackboneConfig,
     FastFlowConfig,
@@ -24,8 +27,10 @@ from patchcore.configs import (
 from patchcore.detector import TrainingPlan
 from patchcore.errors import ConfigurationError, DataError
 from patchcore.features.extractor import FeatureExtractor, build_extractor
+from patchcore.methods import fastflow
 from patchcore.methods.fastflow import FastFlow
 from patchcore.methods.normalizing_flow import latent_bits, mean_probability
+from patchcore.methods.training import Training
 from patchcore.scoring.calibration import THRESHOLD_STDS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -151,10 +156,20 @@ def test_seed_and_class_change_the_model_and_nothing_else_does(extractor: Featur
     assert not np.allclose(fitted(extractor, category="q").predict(TEST).scores, scores)
 
 
-def test_the_order_of_layers_changes_nothing_but_the_random_numbers(extractor: FeatureExtractor) -> None:
-    config = replace(CONFIG, backbone=replace(BACKBONE, layers=BACKBONE.layers[::-1]))
-    prediction = fitted(build_extractor(config.backbone, SIDE), config).predict(TEST)
-    assert prediction.maps is not None and prediction.maps.shape == (4, SIDE, SIDE)
+@pytest.mark.parametrize("map_mode", ["prob", "nll", "weighted"])
+def test_the_order_of_layers_does_not_matter(map_mode: str, model: FastFlow) -> None:
+    """The flows of a model, each with its layer, in the other order: the same maps."""
+    one = build(model.extractor, replace(CONFIG, map_mode=map_mode))
+    one.restore(model.tensors())
+    config = replace(CONFIG, map_mode=map_mode, backbone=replace(BACKBONE, layers=BACKBONE.layers[::-1]))
+    other = build(build_extractor(config.backbone, SIDE), config)
+    exchanged = {"flows.0": "flows.1", "flows.1": "flows.0"}
+    tensors = {exchanged.get(name[:7], name[:7]) + name[7:]: tensor for name, tensor in model.tensors().items()}
+    other.restore({**tensors, "spread": tensors["spread"].flip(0)})
+    expected, found = one.predict(TEST), other.predict(TEST)
+    assert expected.maps is not None and found.maps is not None
+    np.testing.assert_allclose(found.maps, expected.maps, rtol=1e-5)
+    np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-5)
 
 
 # ---------------------------------------------------------------- training
@@ -190,17 +205,27 @@ def test_resumed_model_is_the_uninterrupted_one(extractor: FeatureExtractor, mod
     assert all(torch.equal(expected[name], resumed[name]) for name in expected)
 
 
-def test_early_stopping_on_held_out_images(extractor: FeatureExtractor) -> None:
+def test_early_stopping_on_held_out_images(extractor: FeatureExtractor, monkeypatch: pytest.MonkeyPatch) -> None:
     training = replace(CONFIG.training, epochs=30, lr=5e-2, patience=1)
     detector = build(extractor, replace(CONFIG, training=training))
     detector.plan = TrainingPlan(held_out=Batches(random_images(3, 9) // 2))
     detector.fit(Batches(TRAIN))
     losses = [r.held_out_loss for r in detector.history_]
-    assert None not in losses and len(losses) < 30
+    assert None not in losses and 2 < len(losses) < 30
     with pytest.raises(ConfigurationError, match="early stopping watches held-out images, found none"):
         build(extractor, replace(CONFIG, training=training)).fit(Batches(TRAIN))
-    calibration = detector.out_of_fold_calibration()
-    assert calibration is not None, "folds train for as many epochs, and need no held-out images of their own"
+    epochs: dict[str, int] = {}
+    train = Training.run
+
+    def counted(self: Training, *given: Any, **options: Any) -> Any:
+        history = train(self, *given, **options)
+        epochs[self.description] = len(history)
+        return history
+
+    monkeypatch.setattr(Training, "run", counted)
+    assert detector.out_of_fold_calibration() is not None, "folds need no held-out images of their own"
+    kept = len(losses) - 1  # the epoch of the lowest loss, after which patience ran out
+    assert epochs == {"p: fold 0": kept, "p: fold 1": kept, "p: fold 2": kept}
 
 
 def test_divergence_names_class_epoch_and_remedy(extractor: FeatureExtractor) -> None:
@@ -222,6 +247,21 @@ def test_equal_images_give_finite_scores(extractor: FeatureExtractor) -> None:
     flat = torch.full((5, 3, SIDE, SIDE), 128, dtype=torch.uint8)
     detector = build(extractor, replace(CONFIG, map_mode="weighted")).fit(Batches(flat))
     assert np.isfinite(detector.predict(torch.cat([flat[:2], TEST])).scores).all()
+
+
+@pytest.mark.parametrize("map_mode", ["prob", "nll", "weighted"])
+def test_one_image_with_maps_of_one_position_is_enough(map_mode: str) -> None:
+    backbone = replace(BACKBONE, layers=("blocks.5", "blocks.6"))
+    small = build_extractor(backbone, 32)
+    assert {small.feature_shapes[layer][1:] for layer in backbone.layers} == {(1, 1)}
+    config = replace(CONFIG, backbone=backbone, map_mode=map_mode)
+    detector = FastFlow(config, small, PreprocessingConfig(32, 32), TrainingSource("mpdd", "p", 0))
+    detector.fit(Batches(TRAIN[:1, :, :32, :32]))
+    spread = detector.tensors()["spread"]
+    assert spread.isfinite().all() and (spread > 0).all()
+    prediction = detector.predict(TEST[:, :, :32, :32])
+    assert prediction.maps is not None and prediction.maps.shape == (4, 32, 32)
+    assert np.isfinite(prediction.maps).all() and np.isfinite(prediction.scores).all()
 
 
 # ---------------------------------------------------------------- calibration
@@ -378,6 +418,35 @@ def test_scales_that_change_nothing_or_do_not_run_are_refused() -> None:
     with pytest.raises(ConfigurationError, match=r"takes images of 64 px alone, --multi_scale 1\.5 gives 96 px"):
         config = replace(CONFIG, backbone=vit, post_processing=PostProcessingConfig(scales=(1.5,)))
         FastFlow.prepare(config, PREPROCESSING, SearchConfig())
+
+
+def test_a_scale_that_rounds_to_the_size_of_the_input_is_refused() -> None:
+    config = replace(CONFIG, post_processing=PostProcessingConfig(scales=(1.1,)))
+    with pytest.raises(ConfigurationError, match=r"--multi_scale 1\.1 is 64 px for an input of 64 px, no other size"):
+        FastFlow.prepare(config, PREPROCESSING, SearchConfig())
+
+
+# ---------------------------------------------------------------- one extractor
+
+
+def test_presets_of_one_backbone_share_its_extractor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four classes of four settings, which a run prepares one after the other."""
+    built: list[tuple[BackboneConfig, int]] = []
+    known: WeakValueDictionary[Any, FeatureExtractor] = WeakValueDictionary()
+    monkeypatch.setattr(fastflow, "_EXTRACTORS", known)
+    monkeypatch.setattr(fastflow, "build_extractor", lambda *given: built.append(given) or build_extractor(*given))
+    configs = {f"class{number}": replace(CONFIG, clamp=1 + number / 4) for number in range(4)}
+    builders = pipeline._prepare("fastflow", configs, PREPROCESSING, SearchConfig())
+    detectors = [build_one(TrainingSource(), torch.device("cpu")) for build_one in builders.values()]
+    assert [d.config.clamp for d in detectors if isinstance(d, FastFlow)] == [1.0, 1.25, 1.5, 1.75]
+    assert built == [(BACKBONE, SIDE)]
+    assert len({id(d.extractor) for d in detectors if isinstance(d, FastFlow)}) == 1
+    FastFlow.prepare(CONFIG, PreprocessingConfig(96, 96), SearchConfig())
+    FastFlow.prepare(replace(CONFIG, backbone=replace(BACKBONE, seed=1)), PREPROCESSING, SearchConfig())
+    assert len(built) == 3, "another size or other weights are another extractor"
+    del builders, detectors
+    gc.collect()
+    assert not known, "an extractor goes with those who use it"
 
 
 # ---------------------------------------------------------------- stored models

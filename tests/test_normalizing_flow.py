@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -71,13 +74,17 @@ def random_step(number: int) -> FlowStep:
     return step
 
 
-KINDS = {"new": new_net, "random": lambda: randomised(new_net()), "trained": trained}
+KINDS: dict[str, Callable[[FastFlowConfig], FastFlowNet]] = {
+    "new": new_net,
+    "random": lambda config: randomised(new_net(config)),
+    "trained": trained,
+}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_inverse(kind: str, dtype: torch.dtype) -> None:
-    flow = flow_of(KINDS[kind]().to(dtype))
+    flow = flow_of(KINDS[kind](CONFIG).to(dtype))
     x = features(seed=7).to(dtype)
     with torch.no_grad():
         latent, _ = flow(x)
@@ -91,9 +98,7 @@ def test_inverse(kind: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("conv3x3_only", [False, True])
 def test_log_determinant_against_a_numerical_jacobian(kind: str, conv3x3_only: bool) -> None:
     """Central differences in float64, without autograd; the standardisation is taken out of the Jacobian."""
-    config = replace(CONFIG, conv3x3_only=conv3x3_only)
-    net = {"new": new_net, "random": lambda c: randomised(new_net(c)), "trained": trained}[kind](config)
-    flow = flow_of(net.double())
+    flow = flow_of(KINDS[kind](replace(CONFIG, conv3x3_only=conv3x3_only)).double())
     x = features(1, seed=9).double()
     step = 1e-6
     columns = []
@@ -340,6 +345,28 @@ def test_seeds_give_weights_and_permutations_and_leave_global_randomness_alone()
     assert not torch.equal(one["flows.0.steps.0.order"], one["flows.0.steps.1.order"])
 
 
+def test_threads_that_build_flows_at_once_get_the_weights_of_their_seeds() -> None:
+    """FrEIA draws from generators of the whole process."""
+
+    def state(seed: int) -> dict[str, Any]:
+        return FastFlowNet([(16, 2, 2)], CONFIG, seed).state_dict()
+
+    seeds = range(40)
+    expected = [state(seed) for seed in seeds]
+    torch_before, numpy_before = torch.get_rng_state(), np.random.get_state()[1]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # threads take turns within the construction of a step
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            found = list(pool.map(state, seeds))
+    finally:
+        sys.setswitchinterval(interval)
+    for one, other in zip(expected, found, strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    assert torch.equal(torch.get_rng_state(), torch_before)
+    assert np.array_equal(np.random.get_state()[1], numpy_before)
+
+
 # ---------------------------------------------------------------- joining scales
 
 
@@ -368,3 +395,15 @@ def test_spread_is_the_standard_deviation_of_each_map() -> None:
     torch.testing.assert_close(net.spread, torch.stack(expected).detach())
     net.measure_spread([torch.ones(2, *shape) for shape in shapes], batch_size=1)
     assert net.spread.isfinite().all() and (net.spread > 0).all()
+
+
+@pytest.mark.parametrize("map_mode", ["prob", "nll", "weighted"])
+def test_one_image_of_one_position_has_a_spread_and_a_map(map_mode: str) -> None:
+    """There is one value, which has no sample standard deviation."""
+    net = FastFlowNet([(4, 1, 1)], CONFIG, seed=0)
+    only = torch.randn(1, 4, 1, 1, generator=torch.Generator().manual_seed(0))
+    net.standardise_by([only])
+    net.measure_spread([only], batch_size=8)
+    assert net.spread.isfinite().all() and (net.spread > 0).all()
+    with torch.no_grad():
+        assert net.anomaly_grid([only + 1], map_mode).isfinite().all()

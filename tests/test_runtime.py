@@ -203,6 +203,21 @@ def test_progress_shows_long_loops_with_time_left(
     assert redrawn >= 15 if terminal else redrawn <= 6
 
 
+def test_bars_within_bars_leave_no_escape_codes_in_a_log(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    stream.isatty = lambda: False  # type: ignore[method-assign]
+    monkeypatch.setattr(sys, "stderr", stream)
+    with progress(range(3), "trainings") as outer:
+        for _ in outer:
+            for _ in progress(range(10), "epochs"):
+                for _ in progress(range(4), "batches"):
+                    clock.seconds += 2.0
+    shown = stream.getvalue()
+    assert all(name in shown for name in ("trainings", "epochs", "batches"))
+    assert "\x1b" not in shown
+    assert shown.endswith("\n"), "the last bar ends its line"
+
+
 def test_console_shows_one_line_while_the_file_has_the_traceback(
     toolkit_logger: logging.Logger, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -17,6 +17,7 @@ from patchcore.methods.training import EpochRecord, Training, load_weights, sche
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CONFIG = TrainingConfig(epochs=6, batch_size=4, lr=0.05)
+PATIENT = TrainingConfig(epochs=40, batch_size=4, lr=0.05, patience=3)
 
 
 class Regression:
@@ -39,6 +40,12 @@ class Regression:
 
     def weights(self) -> torch.Tensor:
         return torch.cat([p.detach().flatten() for p in self.module.parameters()])
+
+
+def of_another_line(problem: Regression) -> list[torch.Tensor]:
+    """Held-out points that learning the first line makes worse after a few epochs."""
+    x, y = problem.data
+    return [x, y + 0.3 - x[:, :1]]
 
 
 def trained(config: TrainingConfig = CONFIG, seed: int = 3) -> torch.Tensor:
@@ -169,6 +176,49 @@ def test_resume_gives_the_weights_of_an_uninterrupted_run(interrupted_after: int
     assert without_time == [{**vars(r), "seconds": 0} for r in expected]
 
 
+@pytest.mark.parametrize("through_a_file", [False, True])
+def test_early_stopping_that_is_paused_stops_where_it_would_have(through_a_file: bool) -> None:
+    """After each epoch in turn: before the best one, at it, while patience runs out, and after the stop."""
+    whole = Regression()
+    uninterrupted = whole.training(PATIENT)
+    history = uninterrupted.run(whole.data, of_another_line(whole))
+    best, last = uninterrupted.weights_epoch, len(history)
+    assert 2 < best == last - 3
+    for paused_after in range(1, last + 1):
+        problem = Regression()
+        training = problem.training(PATIENT)
+        training.run(problem.data, of_another_line(problem), stop_after=paused_after)
+        if through_a_file:
+            file = io.BytesIO()
+            torch.save(training.state_dict(), file)
+            file.seek(0)
+            problem = Regression()
+            training = problem.training(PATIENT)
+            training.load_state_dict(torch.load(file, weights_only=True))
+        resumed = training.run(problem.data, of_another_line(problem))
+        assert torch.equal(problem.weights(), whole.weights()), paused_after
+        assert training.weights_epoch == best
+        assert [{**vars(r), "seconds": 0} for r in resumed] == [{**vars(r), "seconds": 0} for r in history]
+
+
+def test_a_pause_leaves_the_weights_of_the_last_epoch() -> None:
+    """Not the best ones: the remaining epochs go on from the last."""
+    problem = Regression()
+    training = problem.training(PATIENT)
+    last: list[torch.Tensor] = []
+    training.run(problem.data, of_another_line(problem), lambda *_: last.append(problem.weights()))
+    best = training.weights_epoch
+    other = Regression()
+    other.training(PATIENT).run(other.data, of_another_line(other), stop_after=best + 1)
+    assert torch.equal(other.weights(), last[best])
+    assert not torch.equal(other.weights(), last[best - 1])
+
+
+def test_a_checkpoint_of_something_else_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="the checkpoint holds no 'best_epoch', expected the state of a"):
+        Regression().training().load_state_dict({"module": {}, "epoch": 3})
+
+
 def test_a_checkpoint_of_another_training_is_refused() -> None:
     problem = Regression()
     training = problem.training()
@@ -197,12 +247,10 @@ def test_early_stopping_keeps_the_weights_of_the_lowest_held_out_loss() -> None:
         assert record.held_out_loss is not None
         seen[record.epoch] = (record.held_out_loss, problem.weights())
 
-    # the held-out points follow another line, so that learning the first one soon makes them worse
-    x, y = problem.data
-    training = problem.training(TrainingConfig(40, 4, 0.05, patience=3))
-    history = training.run(problem.data, [x, y + 1 - 3 * x[:, :1]], remember)
+    training = problem.training(PATIENT)
+    history = training.run(problem.data, of_another_line(problem), remember)
     best = min(seen, key=lambda epoch: seen[epoch][0])
-    assert len(history) == best + 3 < 40
+    assert best > 2 and len(history) == best + 3 < 40
     assert training.weights_epoch == best
     assert torch.equal(problem.weights(), seen[best][1])
 
@@ -243,15 +291,48 @@ def test_a_loss_that_is_no_number_stops_before_the_weights_are_spoilt(value: flo
     def loss(batch: list[torch.Tensor]) -> torch.Tensor:
         nonlocal calls
         calls += 1
-        return problem.loss(batch) * (
-            value if calls == 10 else 1.0
-        )  # three batches per epoch, and the loss behind them
+        factor = value if calls == 10 else 1.0  # an epoch is three batches, and the loss after them
+        return problem.loss(batch) * factor
 
     training = Training(problem.module, loss, CONFIG, 3, "plate: line")
     with pytest.raises(DataError, match=r"plate: line: training diverged in epoch 3 of 6 .*smaller --lr than 0.05"):
         training.run(problem.data, after_epoch=lambda t, r: states.append(r.epoch))
     assert states == [1, 2]
     assert problem.weights().isfinite().all()
+
+
+@pytest.mark.parametrize("lr", [1e3, 1e10, 1e20])
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_divergence_in_the_last_step_of_an_epoch_is_noticed(
+    lr: float, epochs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One batch per epoch: every loss that a step begins with is good, only what the last step leaves is not."""
+    problem = Regression(4)
+    config = TrainingConfig(epochs, 4, 0.05)
+    monkeypatch.setattr(
+        "patchcore.methods.training.schedule_factor",
+        lambda schedule, step, num_steps: lr / config.lr if step == epochs - 1 else 0.1,
+    )
+    seen: list[int] = []
+    training = problem.training(config)
+    with pytest.raises(
+        DataError,
+        match=rf"^plate: line: training diverged in epoch {epochs} of {epochs} \(a loss of .* that began at .*\), "
+        r"expected a falling loss: use a smaller --lr than 0\.05, or a smaller --grad_clip, in a new run$",
+    ):
+        training.run(problem.data, after_epoch=lambda _, record: seen.append(record.epoch))
+    assert seen == [record.epoch for record in training.history] == list(range(1, epochs))
+
+
+@pytest.mark.parametrize("patience", [None, 2])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_held_out_images_without_a_loss_are_named(value: float, patience: int | None) -> None:
+    """Patience would wait for the end of what no epoch can beat."""
+    problem = Regression()
+    x, y = problem.data
+    training = problem.training(TrainingConfig(6, 4, 0.05, patience=patience))
+    with pytest.raises(DataError, match=r"^plate: line: .* in epoch 1 of 6 \(a loss of (nan|inf) on held-out images\)"):
+        training.run(problem.data, [x, torch.full_like(y, value)])
 
 
 def test_a_rising_loss_is_called_divergence() -> None:
