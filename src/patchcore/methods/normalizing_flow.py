@@ -1,9 +1,4 @@
-"""Normalizing flows on feature maps: the network of FastFlow, with its likelihood at every position.
-
-Inside a flow, features are matrices [C, N] of channels by positions, the positions of all images in one row. A half of
-the channels is then one block of memory and a permutation copies whole rows; only the 3x3 convolutions want channels
-last, and get them.
-"""
+"""Normalizing flows on feature maps: the network of FastFlow, with its likelihood at every position."""
 
 from __future__ import annotations
 
@@ -11,180 +6,22 @@ import math
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from FrEIA.modules import AllInOneBlock
 from torch import nn
-from torch.autograd.function import FunctionCtx, once_differentiable
 
 from patchcore.configs import FastFlowConfig
 from patchcore.errors import ConfigurationError
+from patchcore.methods.coupling import Couple, CouplingNet, as_rows
 
 RELATIVE_STD_FLOOR = 0.1  # of the root mean square over channels; see FeatureFlow.standardise_by
 MIN_SPREAD_BITS = 1e-6  # a flow whose map is flat, as on equal images, is left in its own unit
 LOG_2 = math.log(2.0)
 SEEDING = threading.Lock()  # the generators that FrEIA draws from belong to the whole process
 COEFFICIENT_SCALE = 0.1  # by which FrEIA scales what a subnet gives, for stability
-
-
-class CouplingNet(nn.Sequential):
-    """Two convolutions that give scale and shift of one half of the channels from the other half.
-
-    The last convolution begins at zero, so that a new flow only permutes: the first loss is that of standard normal
-    features, at any depth (Kingma & Dhariwal, "Glow", NeurIPS 2018, section 3.3).
-
-    Args:
-        channels_in: Channels of the half that is read.
-        channels_out: Twice the channels of the half that is changed.
-        kernel: Side of both convolutions, 3 or 1.
-        config: Hidden channels and precision.
-    """
-
-    def __init__(self, channels_in: int, channels_out: int, kernel: int, config: FastFlowConfig) -> None:
-        hidden = max(1, round(config.hidden_ratio * channels_in))
-        super().__init__(
-            nn.Conv2d(channels_in, hidden, kernel, padding="same"),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(hidden, channels_out, kernel, padding="same"),
-        )
-        last = self[-1]
-        assert isinstance(last, nn.Conv2d) and last.bias is not None
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
-        self.in_bfloat16 = config.precision == "bfloat16"
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return [B, channels_out, H, W] of the type of `x`: only what lies within is of lower precision."""
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.in_bfloat16):
-            coefficients = super().forward(x)
-        return coefficients.to(x.dtype)
-
-    def affine(
-        self, x: torch.Tensor, grid: tuple[int, int, int], gain: torch.Tensor, bias: torch.Tensor
-    ) -> torch.Tensor:
-        """Return `gain` times the coefficients plus `bias`, computed with weights that contain both.
-
-        Args:
-            x: [channels_in, B * H * W].
-            grid: B, H, W.
-            gain: [channels_out].
-            bias: [channels_out].
-
-        Returns:
-            [channels_out, B * H * W], of the type of `x`.
-        """
-        first, _, last = self
-        assert isinstance(first, nn.Conv2d) and isinstance(last, nn.Conv2d)
-        assert first.bias is not None and last.bias is not None
-        weights = first.weight, first.bias, last.weight * gain[:, None, None, None], last.bias * gain + bias
-        dtype = torch.bfloat16 if self.in_bfloat16 else x.dtype
-        w1, b1, w2, b2 = (weight.to(dtype) for weight in weights)
-        if first.kernel_size == (1, 1):
-            hidden = torch.addmm(b1[:, None], w1.flatten(1), x.to(dtype)).relu_()  # [hidden, N]
-            return torch.addmm(b2[:, None], w2.flatten(1), hidden).to(x.dtype)
-        hidden = F.conv2d(_ToMaps.apply(x.to(dtype), grid), w1, b1, padding="same").relu_()
-        coefficients: torch.Tensor = _ToRows.apply(F.conv2d(hidden, w2, b2, padding="same"))
-        return coefficients.to(x.dtype)
-
-
-class _ToMaps(torch.autograd.Function):
-    """A matrix [C, B * H * W] as feature maps [B, C, H, W], channels last; autograd alone gives strided gradients."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, x: torch.Tensor, grid: tuple[int, int, int]) -> torch.Tensor:
-        return _maps(x, grid)
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return _rows(gradients[0]), None
-
-
-class _ToRows(torch.autograd.Function):
-    """Feature maps [B, C, H, W] as a matrix [C, B * H * W]."""
-
-    @staticmethod
-    def forward(ctx: Any, maps: torch.Tensor) -> torch.Tensor:
-        ctx.grid = maps.shape[0], maps.shape[2], maps.shape[3]
-        return _rows(maps)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
-        return _maps(gradients[0], ctx.grid)
-
-
-# Each direction in the form that torch copies fastest.
-
-
-def _maps(rows: torch.Tensor, grid: tuple[int, int, int]) -> torch.Tensor:
-    return rows.unflatten(1, grid).transpose(0, 1).contiguous(memory_format=torch.channels_last)
-
-
-def _rows(maps: torch.Tensor) -> torch.Tensor:
-    if maps.is_contiguous(memory_format=torch.channels_last):
-        return maps.permute(0, 2, 3, 1).flatten(0, 2).t().contiguous()
-    return maps.transpose(0, 1).flatten(1)
-
-
-class _Couple(torch.autograd.Function):
-    """Affine coupling, global scale and offset, and permutation, with as few passes over memory as there can be.
-
-    With (s, t) the coefficients of the changed half, the rows of the result are, before the permutation,
-    passive * scale + offset and active * exp(clamp * tanh(s) + log_scale) + t.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        passive: torch.Tensor,
-        active: torch.Tensor,
-        coefficients: torch.Tensor,
-        scale: torch.Tensor,
-        offset: torch.Tensor,
-        log_scale: torch.Tensor,
-        order: torch.Tensor,
-        clamp: float,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the result [C, N] and the sum of clamp * tanh(s) over channels [N].
-
-        Args:
-            ctx: What the backward pass needs.
-            passive: [P, N], read by the subnet.
-            active: [A, N], changed.
-            coefficients: [2 A, N], s and t.
-            scale: [P, 1].
-            offset: [P, 1].
-            log_scale: [A, 1].
-            order: int64 [C], the row of the unpermuted result that each row is.
-            clamp: Bound of the coupling's log-scale.
-        """
-        tanh = coefficients[: len(active)].tanh()
-        factor = torch.add(log_scale, tanh, alpha=clamp).exp_()
-        rows = passive.new_empty(len(order), passive.shape[1])
-        torch.addcmul(offset, passive, scale, out=rows[: len(passive)])
-        torch.addcmul(coefficients[len(active) :], active, factor, out=rows[len(passive) :])
-        ctx.save_for_backward(passive, active, tanh, factor, scale, order)
-        ctx.clamp = clamp
-        return rows.index_select(0, order), tanh.sum(dim=0).mul_(clamp)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        passive, active, tanh, factor, scale, order = ctx.saved_tensors
-        of_result, of_log_det = gradients
-        of_passive, of_active = of_result.index_select(0, order.argsort()).tensor_split([len(passive)])
-        of_coefficients = of_active.new_empty(2 * len(active), active.shape[1])
-        of_coefficients[len(active) :] = of_active
-        of_offset = of_passive.sum(dim=1, keepdim=True)
-        of_scale = torch.linalg.vecdot(of_passive, passive)[:, None]
-        of_active.mul_(factor)
-        of_log_factor = of_active * active
-        of_log_scale = of_log_factor.sum(dim=1, keepdim=True)
-        of_tanh = of_log_factor.add_(of_log_det).mul_(ctx.clamp)
-        torch.addcmul(of_tanh, of_tanh * tanh, tanh, value=-1, out=of_coefficients[: len(active)])
-        return of_passive.mul_(scale), of_active, of_coefficients, of_scale, of_offset, of_log_scale, None, None
 
 
 class FlowStep(AllInOneBlock):
@@ -242,7 +79,7 @@ class FlowStep(AllInOneBlock):
         bias = torch.cat((torch.zeros_like(active_offset), active_offset))
         coefficients = self.subnet.affine(passive, grid, gain, bias)
         log_scale = scale.log()
-        result, log_det = _Couple.apply(
+        result, log_det = Couple.apply(
             passive,
             active,
             coefficients,
@@ -305,7 +142,7 @@ class FeatureFlow(nn.Module):
             each position [B, H, W], in nats.
         """
         grid = features.shape[0], features.shape[2], features.shape[3]
-        x = (_rows(features) - self.mean.view(-1, 1)) / self.std.view(-1, 1)  # [C, B * H * W]
+        x = (as_rows(features) - self.mean.view(-1, 1)) / self.std.view(-1, 1)  # [C, B * H * W]
         log_det = x.new_zeros(x.shape[1])
         for step in self.steps:
             assert isinstance(step, FlowStep)
