@@ -558,7 +558,7 @@ def test_entries_are_callables() -> None:
 def readme_rows() -> list[tuple[list[str], list[str], str]]:
     """Return names, layers and grid of each row of the README's table of backbones."""
     readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    lines = readme.split("### Backbones")[1].split("The first `-le`")[0].splitlines()
+    lines = readme.split("## Backbones")[1].split("The first `-le`")[0].splitlines()
     rows = [line.strip("|").split("|") for line in lines if line.startswith("| `") and "timm:" not in line]
     quoted = re.compile(r"`(.+?)`")
     return [(quoted.findall(names), quoted.findall(layers), grid.strip()) for names, layers, grid in rows[1:]]
