@@ -32,6 +32,8 @@ class BackboneConfig:
         require_choice("normalization", self.normalization, NORMALIZATIONS)
         require_at_least("seed of random weights", self.seed, 0, MAX_SEED)
         if not self.layers:
-            raise ConfigurationError(f"backbone {self.name!r} has no layer: name at least one, such as layer2")
+            raise ConfigurationError(
+                f"backbone {self.name!r} has no layer: name at least one, such as -le layer2 (FastFlow: --layers)"
+            )
         if len(set(self.layers)) < len(self.layers):
             raise ConfigurationError(f"a layer is named twice in {', '.join(self.layers)}: name each layer once")
