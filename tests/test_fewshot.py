@@ -25,7 +25,8 @@ from patchcore.evaluation.fewshot import (
     mean_and_std_text,
     seeds_text,
 )
-from patchcore.evaluation.plots import LINE_COLOURS, LINE_MARKERS, _bars_text, fewshot_picture
+from patchcore.evaluation.plots.curves import _bars_text, fewshot_picture
+from patchcore.evaluation.plots.style import LINE_COLOURS, LINE_MARKERS
 from patchcore.storage.run_folder import (
     METRIC_COLUMNS,
     TIMING_COLUMNS,

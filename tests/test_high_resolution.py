@@ -42,7 +42,7 @@ from patchcore.detector import (
     require_images,
 )
 from patchcore.evaluation.metrics import pixel_metrics
-from patchcore.evaluation.plots import Caption, HeatScale, png_bytes, segmentation_picture
+from patchcore.evaluation.plots.pictures import Caption, HeatScale, png_bytes, segmentation_picture
 from patchcore.pipeline import load_and_evaluate, train_and_evaluate
 from patchcore.prediction import load_detector
 from patchcore.scoring.calibration import Calibration

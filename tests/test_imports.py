@@ -44,7 +44,7 @@ ONE_HOME = {
     "FrEIA": "methods/normalizing_flow.py",
     "click": "cli/",
     "faiss": "memory/nearest_neighbours.py",
-    "matplotlib": "evaluation/plots.py",
+    "matplotlib": "evaluation/plots/",
     "timm": "features/backbones.py",
     "torchvision": "features/backbones.py",
     "wandb": "tracking.py",

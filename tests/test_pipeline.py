@@ -116,7 +116,9 @@ def test_timings_are_complete_and_positive(finished: tuple[Path, Finished]) -> N
 def test_image_scores(finished: tuple[Path, Finished], data: Path) -> None:
     for category in ("plate", "rod"):
         rows = read_rows(finished[0] / "anomaly_scores" / f"mpdd_{category}.csv")
-        assert list(rows[0]) == ["path", "defect_type", "label", "score", "normalized_score", "decision"]
+        columns = ["path", "defect_type", "label", "score", "normalized_score", "decision", "defect_px"]
+        assert list(rows[0]) == columns
+        assert all((int(r["defect_px"]) > 0) == (r["label"] == "1") for r in rows)
         assert [r["path"] for r in rows] == [
             p.relative_to(data).as_posix() for p in sorted((data / category / "test").rglob("*.png"))
         ]

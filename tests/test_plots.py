@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from patchcore.evaluation.plots import (
+from patchcore.evaluation.plots.pictures import (
     CONTOUR,
     FOOTER_PX,
     GAP_PX,

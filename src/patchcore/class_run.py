@@ -21,14 +21,8 @@ from patchcore.datasets.registry import dataset_class
 from patchcore.detector import AnomalyDetector, DetectorBuilder, Prediction, TrainingArtifacts, TrainingPlan
 from patchcore.errors import ConfigurationError, DataError
 from patchcore.evaluation.metrics import label_regions
-from patchcore.evaluation.plots import (
-    Caption,
-    HeatScale,
-    picture_names,
-    png_bytes,
-    segmentation_picture,
-    training_picture,
-)
+from patchcore.evaluation.plots.curves import training_picture
+from patchcore.evaluation.plots.pictures import Caption, HeatScale, picture_names, png_bytes, segmentation_picture
 from patchcore.evaluation.summary import class_metrics, defect_metrics
 from patchcore.runtime import peak_memory_megabytes, progress, reset_peak_memory
 from patchcore.scoring.calibration import Calibration, MapStatistics, calibrate
@@ -377,7 +371,8 @@ def _write_scores(
         score = float(result.scores[i])
         decision = int(score > calibration.image.threshold) if calibration else None
         level = float(normalized[i]) if normalized is not None else None
-        rows.append([paths[i], record.defect_type, int(record.is_anomalous), score, level, decision])
+        defect_px = int((result.masks[i] == 1).sum()) if result.masks is not None else None
+        rows.append([paths[i], record.defect_type, int(record.is_anomalous), score, level, decision, defect_px])
     run_folder.write_image_scores(task.folder / "anomaly_scores" / f"{row_name}.csv", rows)
     if task.outputs.anomaly_maps and result.maps is not None:
         path = task.folder / "anomaly_scores" / f"{row_name}.npz"

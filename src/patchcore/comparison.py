@@ -20,7 +20,8 @@ from patchcore.evaluation.fewshot import (
     markdown_tables,
     point_rows,
 )
-from patchcore.evaluation.plots import fewshot_picture, png_bytes
+from patchcore.evaluation.plots.curves import fewshot_picture
+from patchcore.evaluation.plots.pictures import png_bytes
 from patchcore.evaluation.report import text_table
 from patchcore.storage import run_folder
 from patchcore.storage.files import write_bytes, write_csv

@@ -59,6 +59,7 @@ TIMING_COLUMNS = (
     "peak_memory_mb",
     "model_mb",
 )
+IMAGE_COLUMNS = ("path", "defect_type", "label", "score", "normalized_score", "decision", "defect_px")
 ROW_NAMES = "Row Names"
 MEAN_ROW = "Mean"
 
@@ -308,11 +309,10 @@ def write_image_scores(path: Path, rows: Sequence[Sequence[Cell]]) -> None:
     Args:
         path: The csv file.
         rows: (path relative to the data set, defect type, label 0/1, score, normalised score or None, decision 0/1
-            or None) per image.
+            or None, defect pixels that resize and crop have left in the mask or None) per image.
     """
-    header = ("path", "defect_type", "label", "score", "normalized_score", "decision")
     # All digits: rounding would tie scores that differ, and move them across the threshold.
-    write_csv(path, header, [["" if c is None else str(c) for c in row] for row in rows])
+    write_csv(path, IMAGE_COLUMNS, [["" if c is None else str(c) for c in row] for row in rows])
 
 
 def write_anomaly_maps(

@@ -5,15 +5,14 @@ from __future__ import annotations
 import functools
 import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import matplotlib
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
-from patchcore.evaluation.fewshot import CURVE_METRICS, FEWSHOT_METRICS, FewShotPoint, images_text, seeds_text
+from patchcore.evaluation.plots.style import fitted, font
 
 PANEL_PX = 288  # side of the square that holds a panel: text of 15 px stays readable beside it
 GAP_PX = 12
@@ -27,12 +26,6 @@ ALARM = (176, 0, 32)
 CONTOUR = (0, 229, 255)  # cyan: apart from every colour of the heat map, for colour-blind eyes too
 DEFECT_OVERLAY = (0, 229, 255)
 MAX_NAME_BYTES = 200  # of a picture without suffix; file systems end at 255
-# Okabe and Ito, without the yellow that vanishes on paper; black is kept for the mean.
-LINE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-LINE_STYLES = ("-", "--", "-.")
-# As many as are coprime to the colours, so that every line differs; the circle is the mean's.
-LINE_MARKERS = ("s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "*")
-TICK_GAP, TICK_DIGIT = 0.025, 0.013  # shares of the axis: free space between two labels, width of a digit
 
 
 @dataclass(frozen=True)
@@ -98,7 +91,7 @@ def segmentation_picture(
     for number, (title, panel) in enumerate(panels):
         left = GAP_PX + number * (PANEL_PX + GAP_PX)
         canvas.paste(panel, (left + (PANEL_PX - panel.width) // 2, HEADER_PX + (PANEL_PX - panel.height) // 2))
-        draw.text((left, HEADER_PX + PANEL_PX + 6), title, fill=MUTED, font=_font(15))
+        draw.text((left, HEADER_PX + PANEL_PX + 6), title, fill=MUTED, font=font(15))
     _draw_scale(canvas, draw, GAP_PX + len(panels) * (PANEL_PX + GAP_PX), scale)
     return canvas
 
@@ -133,148 +126,17 @@ def png_bytes(picture: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def fewshot_picture(points: Sequence[FewShotPoint], mean_row: str) -> Image.Image:
-    """Draw image AUROC and PRO against the number of training images, one line per class and one for the mean.
-
-    Args:
-        points: As `fewshot_points` returns them.
-        mean_row: Row name of the mean over classes.
-
-    Returns:
-        An RGB image; bars span one standard deviation over seeds to either side, cut at 1. A metric that is blank
-        everywhere gets no panel.
-    """
-    # Imported here: every run imports this module, and the half second is this picture's alone.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    metrics = [m for m in CURVE_METRICS if any(p.means[m] is not None for p in points)] or [CURVE_METRICS[0]]
-    names = list(dict.fromkeys(p.row_name for p in points))
-    num_rows = -(-len(names) // 4)
-    figure = Figure(figsize=(0.8 + 4.6 * len(metrics), 4.1 + 0.22 * num_rows), dpi=160, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(metrics), squeeze=False)[0]
-    ticks = _ticks([p.num_images for p in points if p.row_name != mean_row])
-    lines = {}
-    for panel, metric in zip(panels, metrics, strict=True):
-        for number, name in enumerate(names):
-            curve = [p for p in points if p.row_name == name and p.means[metric] is not None]
-            lines[name] = _draw_curve(panel, curve, metric, None if name == mean_row else number)
-        panel.set_xscale("log", base=2)
-        panel.set_xticks(ticks, [images_text(tick) for tick in ticks])
-        panel.minorticks_off()
-        panel.set_xlabel("training images per class")
-        panel.set_ylabel(FEWSHOT_METRICS[metric])
-        panel.grid(color="0.9")
-        panel.spines[["top", "right"]].set_visible(False)
-    labels = [_fitted(name, 260).replace("$", r"\$") for name in names]  # $ would begin a formula
-    figure.legend(
-        lines.values(),
-        labels,
-        title=_bars_text(points),
-        loc="outside lower center",
-        ncols=min(len(names), 4),
-        frameon=False,
-    )
-    canvas.draw()
-    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-
-
-def training_picture(history: Sequence[Mapping[str, float | None]], category: str, loss_unit: str = "") -> Image.Image:
-    """Draw the losses of a training against its epochs.
-
-    Args:
-        history: One row per epoch, with `epoch` and the losses in columns that end in `loss`.
-        category: Class, for the title.
-        loss_unit: Unit of the losses, for the axis.
-
-    Returns:
-        An RGB image with one line for each loss that has values.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # as in fewshot_picture
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 4.0), dpi=160, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
-    panel = figure.subplots()
-    names = [name for name in history[0] if name.endswith("loss") and any(row[name] is not None for row in history)]
-    for number, name in enumerate(names):
-        points = [(row["epoch"], row[name]) for row in history if row[name] is not None]
-        style = LINE_STYLES[number % len(LINE_STYLES)]
-        panel.plot(*zip(*points, strict=True), style, color=LINE_COLOURS[number % len(LINE_COLOURS)], label=name)
-    panel.set_xlabel("epoch")
-    panel.set_ylabel(f"loss, {loss_unit}" if loss_unit else "loss")
-    panel.set_title(_fitted(category, 400).replace("$", r"\$"))
-    panel.grid(color="0.9")
-    panel.spines[["top", "right"]].set_visible(False)
-    panel.legend(frameon=False)
-    canvas.draw()
-    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-
-
-def _bars_text(points: Sequence[FewShotPoint]) -> str:
-    """Say what the bars of the few-shot curve are, or why there are none."""
-    if all(p.num_seeds == 1 for p in points):
-        return "one seed: no bars"
-    return f"bars: standard deviation over {seeds_text(points)}"
-
-
-def _draw_curve(panel: Any, curve: Sequence[FewShotPoint], metric: str, number: int | None) -> Any:
-    """Draw one class, or the mean over classes where it has no number; returns its line."""
-    images = [p.num_images for p in curve]
-    means = np.array([p.means[metric] for p in curve], dtype=np.float64)
-    stds = np.array([p.stds[metric] or 0.0 for p in curve])
-    style: dict[str, Any] = {"color": "black", "linewidth": 2.4, "marker": "o", "markersize": 6.5, "zorder": 4}
-    if number is not None:
-        style = {
-            "color": LINE_COLOURS[number % len(LINE_COLOURS)],
-            "linestyle": LINE_STYLES[number // len(LINE_COLOURS) % len(LINE_STYLES)],
-            "linewidth": 1.3,
-            "marker": LINE_MARKERS[number % len(LINE_MARKERS)],
-            "markersize": 5,
-            "zorder": 3,
-        }
-    (line,) = panel.plot(images, means, **style)
-    bars = [stds, np.clip(1 - means, 0, stds)]
-    panel.errorbar(images, means, bars, fmt="none", ecolor=style["color"], elinewidth=0.9, capsize=2.5, zorder=2)
-    return line
-
-
-def _ticks(values: Sequence[float]) -> list[float]:
-    """Choose ticks on a logarithmic axis: the values that most points have, as far as their labels do not overlap."""
-    candidates = sorted(set(values), key=lambda value: (-values.count(value), value))
-    width = max(np.log(max(values) / min(values)), 1e-12)
-    chosen: list[float] = []
-    for value in candidates:
-        digits = len(images_text(value))
-        gaps = [
-            abs(np.log(value / other)) / width - TICK_DIGIT * (digits + len(images_text(other))) / 2 for other in chosen
-        ]
-        if all(gap >= TICK_GAP for gap in gaps):
-            chosen.append(value)
-    return sorted(chosen)
-
-
 def _draw_caption(draw: ImageDraw.ImageDraw, caption: Caption, width: int) -> None:
-    truth = f"   truth: {_fitted(caption.truth, width // 3)}"
-    name = _fitted(caption.name, width - 2 * GAP_PX - int(_font(15).getlength(truth)))
-    draw.text((GAP_PX, 8), name + truth, fill=MUTED, font=_font(15))
+    truth = f"   truth: {fitted(caption.truth, width // 3)}"
+    name = fitted(caption.name, width - 2 * GAP_PX - int(font(15).getlength(truth)))
+    draw.text((GAP_PX, 8), name + truth, fill=MUTED, font=font(15))
     text, colour = f"score {caption.score:.3g}", INK
     if caption.threshold is not None:
         anomalous = caption.score > caption.threshold
         verdict = "ANOMALOUS" if anomalous else "normal"
         text += f"   image threshold {caption.threshold:.3g}   {verdict}"
         colour = ALARM if anomalous else INK
-    draw.text((GAP_PX, 29), text, fill=colour, font=_font(19))
-
-
-def _fitted(text: str, width: int) -> str:
-    """Return a text that is at most `width` px wide, its middle left out, without what no font can draw."""
-    printable = "".join(c if c.isprintable() else "?" for c in text)
-    fitted, kept = printable, len(printable) // 2
-    while kept and _font(15).getlength(fitted) > width:
-        fitted, kept = f"{printable[:kept]}...{printable[-kept:]}", kept - 1
-    return fitted
+    draw.text((GAP_PX, 29), text, fill=colour, font=font(19))
 
 
 def _truth_panel(image: np.ndarray, mask: np.ndarray) -> Image.Image:
@@ -314,7 +176,7 @@ def _draw_scale(canvas: Image.Image, draw: ImageDraw.ImageDraw, left: int, scale
         y = HEADER_PX + round((1 - level) * (PANEL_PX - 1))
         draw.line([(left, y), (left + 24, y)], fill=INK, width=2)
         draw.text(
-            (left + 28, min(max(y - 9, HEADER_PX - 4), HEADER_PX + PANEL_PX - 18)), label, fill=INK, font=_font(14)
+            (left + 28, min(max(y - 9, HEADER_PX - 4), HEADER_PX + PANEL_PX - 18)), label, fill=INK, font=font(14)
         )
 
 
@@ -343,8 +205,3 @@ def _outline(flags: np.ndarray) -> np.ndarray:
 def _colour_table() -> np.ndarray:
     """Return 256 colours float64 [256, 3] in [0, 255]: perceptually uniform, readable in print."""
     return matplotlib.colormaps["inferno"](np.arange(256))[:, :3] * 255
-
-
-@functools.lru_cache(maxsize=4)
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size=size)
