@@ -161,7 +161,7 @@ def test_default_then_preset_then_typed_flag(trained: list[Any]) -> None:
         ("--hidden_ratio 0.3", lambda c: c.hidden_ratio == 0.3),
         ("--conv3x3_only", lambda c: c.conv3x3_only),
         ("--clamp 1.5", lambda c: c.clamp == 1.5),
-        ("--map_mode prob", lambda c: c.map_mode == "prob"),
+        ("--map_mode nll", lambda c: c.map_mode == "nll"),
         ("--image_score topk", lambda c: c.image_score == "topk"),
         ("--schedule cosine", lambda c: c.training.schedule == "cosine"),
         ("--grad_clip 0", lambda c: c.training.grad_clip is None),

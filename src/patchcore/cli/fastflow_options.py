@@ -39,7 +39,7 @@ MODEL_OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option("--clamp", type=float, default=None, help="Largest log-scale of a coupling; 2.0 if left out."),
     click.option("--precision", type=click.Choice(PRECISIONS), help="Arithmetic of the flows; float32 if left out."),
     click.option("--input_size", type=int, default=None, help="Side of the backbone's input, px; 224 if left out."),
-    click.option("--map_mode", type=click.Choice(MAP_MODES), help="How likelihoods become maps; nll if left out."),
+    click.option("--map_mode", type=click.Choice(MAP_MODES), help="How likelihoods become maps; prob if left out."),
     click.option("--image_score", type=click.Choice(IMAGE_SCORES), help="What of a map is the score; max if left out."),
     click.option(
         "--use_class_specific",

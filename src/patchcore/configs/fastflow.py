@@ -132,7 +132,7 @@ class FastFlowConfig:
     clamp: float = 2.0
     feature_noise: float = 0.0
     training: TrainingConfig = field(default_factory=TrainingConfig)
-    map_mode: str = "nll"
+    map_mode: str = "prob"
     image_score: str = "max"
     precision: str = "float32"
     post_processing: PostProcessingConfig = field(default_factory=PostProcessingConfig)

@@ -298,8 +298,8 @@ class FastFlow(AnomalyDetector):
 
         Returns:
             Scores, and maps of the size of the images, in the unit of the map mode: bits per dimension ("nll"), the
-            same in standard deviations of normal images ("weighted"), or the negative probability ("prob"); robust
-            z-scores of these with adaptive normalisation.
+            same in standard deviations of normal images ("weighted"), or the bits of the mean probability per dimension
+            ("prob"); robust z-scores of these with adaptive normalisation.
 
         Raises:
             NotFittedError: `fit` has not been called.

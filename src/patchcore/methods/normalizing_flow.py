@@ -272,25 +272,28 @@ class FastFlowNet(nn.Module):
 
         Args:
             features: [B, C, H, W] of each layer.
-            map_mode: "prob": negative mean over flows of the probability, as published. "nll": mean over flows of
-                the latent variable's bits per dimension, which unlike the probability tells apart how far beyond
-                normal a place lies. "weighted": the same, each flow's in standard deviations over normal images, so
-                that none drowns the others.
+            map_mode: "prob": negative logarithm of the mean over flows of the probability, bits; the published map
+                is this mean, which orders places alike but ends at 0, where no threshold fits above normal images.
+                "nll": mean over flows of the latent variable's bits per dimension. "weighted": the same, each flow's
+                in standard deviations over normal images, so that none drowns the others.
 
         Returns:
             float32 [B, h, w] on the finest of the grids, higher is more anomalous.
         """
         if map_mode == "prob":
-            grids = [-mean_probability(latent) for latent, _ in self(features)]
-        else:
-            grids = self._likelihoods(features)
+            mean = _mean_on_finest([mean_probability(latent) for latent, _ in self(features)])
+            return -mean.clamp(min=torch.finfo(mean.dtype).tiny).log2()
+        grids = self._likelihoods(features)
         if map_mode == "weighted":
             grids = [grid / spread for grid, spread in zip(grids, self.spread, strict=True)]
-        finest = max((grid.shape[1:] for grid in grids), key=math.prod)
-        aligned = [
-            F.interpolate(grid[:, None], size=finest, mode="bilinear", align_corners=False)[:, 0] for grid in grids
-        ]
-        return torch.stack(aligned).mean(dim=0)
+        return _mean_on_finest(grids)
+
+
+def _mean_on_finest(grids: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return the mean of grids [B, h, w] on the finest of them."""
+    finest = max((grid.shape[1:] for grid in grids), key=math.prod)
+    aligned = [F.interpolate(grid[:, None], size=finest, mode="bilinear", align_corners=False)[:, 0] for grid in grids]
+    return torch.stack(aligned).mean(dim=0)
 
 
 @contextmanager
