@@ -23,6 +23,7 @@ from patchcore.features.backbones import IMAGENET_MEAN, IMAGENET_STD, load_backb
 from patchcore.features.extractor import build_extractor
 from patchcore.methods.normalizing_flow import FastFlowNet
 from patchcore.methods.training import Training
+from patchcore.runtime import over_threads
 
 LAYERS = ("layer1", "layer2", "layer3")
 LEARNING_RATE = 1e-3
@@ -139,9 +140,12 @@ class Toolkit:
         """Train one epoch more."""
         self.training.run(features, stop_after=len(self.training.history) + 1)
 
-    @torch.inference_mode()  # as FastFlow.predict
     def anomaly_maps(self, images: torch.Tensor) -> torch.Tensor:
-        """Return the negative mean probability [B, S, S]."""
+        """Return the mean probability [B, S, S] as a negative logarithm to base 2, computed as by FastFlow.predict."""
+        return over_threads(self._maps_of_part, images, torch.device("cpu"))
+
+    @torch.inference_mode()
+    def _maps_of_part(self, images: torch.Tensor) -> torch.Tensor:
         grid = self.flows.anomaly_grid(list(self.extractor(images).values()), "prob")
         return F.interpolate(grid[:, None], size=images.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
 

@@ -99,7 +99,8 @@ def test_scores_and_maps_against_a_plain_formulation(
     with torch.no_grad():
         for flow, spread, layer in zip(flows.flows, flows.spread, BACKBONE.layers, strict=True):
             latent, _ = flow(maps[layer])
-            grid = mean_probability(latent) if map_mode == "prob" else latent_bits(latent)
+            squares = latent.square().mean(dim=1)
+            grid = mean_probability(squares) if map_mode == "prob" else latent_bits(squares)
             grid = grid / spread if map_mode == "weighted" else grid
             grids.append(F.interpolate(grid[:, None], size=16, mode="bilinear", align_corners=False))  # [B, 1, 16, 16]
     joined = sum(grids) / 2

@@ -214,12 +214,25 @@ def test_density_integrates_to_one() -> None:
 
 
 def test_latent_bits_and_probability_of_a_standard_normal_variable() -> None:
-    latent = torch.randn(4, 200, 20, 20, generator=torch.Generator().manual_seed(0))
-    assert float(latent_bits(latent).mean()) == pytest.approx(STANDARD_NORMAL_BITS, abs=0.01)
-    assert float(mean_probability(latent).mean()) == pytest.approx(math.exp(-0.5), abs=0.01)
-    zero = torch.zeros(1, 3, 2, 2)
+    squares = torch.randn(4, 200, 20, 20, generator=torch.Generator().manual_seed(0)).square().mean(dim=1)
+    assert float(latent_bits(squares).mean()) == pytest.approx(STANDARD_NORMAL_BITS, abs=0.01)
+    assert float(mean_probability(squares).mean()) == pytest.approx(math.exp(-0.5), abs=0.01)
+    zero = torch.zeros(1, 2, 2)
     assert torch.equal(mean_probability(zero), torch.ones(1, 2, 2))
-    torch.testing.assert_close(latent_bits(zero), bits_per_dimension(zero, torch.zeros(1, 2, 2)))
+    torch.testing.assert_close(latent_bits(zero), bits_per_dimension(torch.zeros(1, 3, 2, 2), zero))
+
+
+@pytest.mark.parametrize("kernels", ["mixed", "conv3x3_only"])
+def test_mean_squares_are_those_of_the_latent_variable(kernels: str) -> None:
+    net = randomised(FastFlowNet([SHAPE], replace(CONFIG, conv3x3_only=kernels == "conv3x3_only"), seed=0))
+    x = features()
+    before = x.clone()
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        with torch.no_grad():
+            latent, _ = flow_of(net)(x.contiguous(memory_format=memory_format))
+        found = flow_of(net).mean_squares(x.contiguous(memory_format=memory_format))
+        torch.testing.assert_close(found, latent.square().mean(dim=1))
+    assert torch.equal(x, before), "the features are the caller's"
 
 
 def test_training_raises_the_likelihood_of_images_it_has_not_seen() -> None:
@@ -391,7 +404,8 @@ def test_spread_is_the_standard_deviation_of_each_map() -> None:
     net = FastFlowNet(shapes, CONFIG, seed=0)
     maps = [features(7, shape) for shape in shapes]
     net.measure_spread(maps, batch_size=3)
-    expected = [latent_bits(flow(x)[0]).std(correction=0) for flow, x in zip(net.flows, maps, strict=True)]
+    squares = [flow(x)[0].square().mean(dim=1) for flow, x in zip(net.flows, maps, strict=True)]
+    expected = [latent_bits(of_flow).std(correction=0) for of_flow in squares]
     torch.testing.assert_close(net.spread, torch.stack(expected).detach())
     net.measure_spread([torch.ones(2, *shape) for shape in shapes], batch_size=1)
     assert net.spread.isfinite().all() and (net.spread > 0).all()

@@ -9,6 +9,7 @@ import mmap
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,15 @@ import torch
 
 from patchcore import runtime
 from patchcore.errors import ConfigurationError
-from patchcore.runtime import derive_seed, log_to_console, log_to_file, progress, resolve_device, set_threads
+from patchcore.runtime import (
+    derive_seed,
+    log_to_console,
+    log_to_file,
+    over_threads,
+    progress,
+    resolve_device,
+    set_threads,
+)
 
 LOGGER = logging.getLogger("patchcore.a_module")
 
@@ -278,3 +287,54 @@ def test_peak_memory_sees_a_large_array() -> None:
 
 def test_available_cpus() -> None:
     assert runtime.available_cpus() >= 1
+
+
+# ---------------------------------------------------------------- a batch over threads
+
+
+@pytest.fixture
+def three_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("three_threads")
+@pytest.mark.parametrize("rows", [1, 2, 3, 8])
+def test_a_batch_over_threads_is_whole_and_in_order(rows: int) -> None:
+    seen: list[tuple[int, int]] = []
+
+    def doubled(part: torch.Tensor) -> torch.Tensor:
+        seen.append((len(part), torch.get_num_threads()))
+        return 2 * part
+
+    batch = torch.arange(2.0 * rows).view(rows, 2)
+    assert torch.equal(over_threads(doubled, batch, torch.device("cpu")), 2 * batch)
+    assert sorted(length for length, _ in seen) == sorted(len(part) for part in batch.tensor_split(min(3, rows)))
+    assert {threads for _, threads in seen} == {3 if rows == 1 else 1}
+
+
+@pytest.mark.usefixtures("three_threads")
+def test_a_batch_over_threads_leaves_the_number_of_threads_to_others() -> None:
+    over_threads(torch.neg, torch.zeros(6, 1), torch.device("cpu"))
+    assert torch.get_num_threads() == 3
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(torch.get_num_threads).result() == 3
+    calls: list[int] = []
+
+    def count(part: torch.Tensor) -> torch.Tensor:
+        calls.append(len(part))
+        return part
+
+    over_threads(count, torch.zeros(6, 1), torch.device("cuda"))
+    assert calls == [6], "a GPU gets the batch as it is"
+
+
+@pytest.mark.usefixtures("three_threads")
+def test_an_error_in_a_part_of_a_batch_reaches_the_caller() -> None:
+    def fails(part: torch.Tensor) -> torch.Tensor:
+        raise ValueError(f"{len(part)} rows")
+
+    with pytest.raises(ValueError, match="2 rows"):
+        over_threads(fails, torch.zeros(6, 1), torch.device("cpu"))

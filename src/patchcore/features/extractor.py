@@ -13,17 +13,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torch.utils.hooks import RemovableHandle
 
 from patchcore.configs import BackboneConfig, near_matches
 from patchcore.errors import ConfigurationError
 from patchcore.features.backbones import IMAGENET_MEAN, IMAGENET_STD, Backbone, backbone_entry, load_backbone
+from patchcore.features.folding import holds, run_hooked, without_batch_norms, work_in_place
 from patchcore.features.tokens import MapLayout, block_aliases, map_layout, require_imagesize
 
 LOGGER = logging.getLogger(__name__)
-
-FOLDING_TOLERANCE = 1e-4  # of a layer's largest value: rounding through dozens of layers, and no more
 
 
 class FeatureExtractor(nn.Module):
@@ -66,7 +63,7 @@ class FeatureExtractor(nn.Module):
         with torch.inference_mode(False), torch.no_grad():  # versions of tensors are counted outside inference alone
             example = torch.zeros(1, 3, imagesize, imagesize)
             try:
-                network = _without_batch_norms(backbone.module, example, set(self._modules_of.values()))
+                network, activations = without_batch_norms(backbone.module, example, set(self._modules_of.values()))
                 steps = _needed_chain(network, example, list(self._modules_of.values()))
             except (RuntimeError, AssertionError) as error:
                 raise ConfigurationError(
@@ -74,6 +71,7 @@ class FeatureExtractor(nn.Module):
                     f"({' '.join(str(error).split())[:120]}): choose another --imagesize or backbone"
                 ) from error
         self._step_names = [name for name, _ in steps]
+        work_in_place(activations)
         self.steps = nn.ModuleList([module for _, module in steps]).to(memory_format=torch.channels_last)
         # A layer inside a step is read by a hook; thread-local, so that one extractor may serve several threads.
         self._inner = threading.local()
@@ -214,8 +212,8 @@ def _needed_chain(module: nn.Module, example: torch.Tensor, layers: Sequence[str
     """
     calls = _watch_children(module, example)
     chain = _leading_chain(calls, example)
-    holders = {layer: [i for i, call in enumerate(chain) if _holds(call.name, layer)] for layer in layers}
-    called_again = any(_holds(call.name, layer) for call in calls[len(chain) :] for layer in layers)
+    holders = {layer: [i for i, call in enumerate(chain) if holds(call.name, layer)] for layer in layers}
+    called_again = any(holds(call.name, layer) for call in calls[len(chain) :] for layer in layers)
     if called_again or not all(holders.values()):
         return [("", _without_later_modules(module, example, layers))]  # no chain up to the last layer
     last = max(max(indices) for indices in holders.values())
@@ -226,110 +224,6 @@ def _needed_chain(module: nn.Module, example: torch.Tensor, layers: Sequence[str
         return [*steps, (name, child)]
     deeper = _needed_chain(child, child_input, inner)
     return steps + [(f"{name}.{n}" if n else name, m) for n, m in deeper]
-
-
-def _without_batch_norms(module: nn.Module, example: torch.Tensor, layers: set[str]) -> nn.Module:
-    """Return a network whose frozen batch norms are part of the convolutions before them.
-
-    The copy shares all other modules and weights. Only a norm that is fed with exactly what a convolution gave, each
-    of them called once and neither of them asked for as a layer, is folded. A network that uses the output of such a
-    convolution elsewhere as well would change; it is noticed by comparing the layers, and left as it is.
-    """
-    pairs = _foldable_norms(module, example, layers)
-    if not pairs:
-        return module
-    replaced: dict[str, nn.Module] = {}
-    for conv, norm in pairs.items():
-        convolution, batch_norm = module.get_submodule(conv), module.get_submodule(norm)
-        assert isinstance(convolution, nn.Conv2d) and isinstance(batch_norm, nn.BatchNorm2d)
-        replaced[conv] = fuse_conv_bn_eval(convolution, batch_norm).requires_grad_(False)
-        replaced[norm] = _activation_of(batch_norm)
-    folded = _with_replaced(module, "", replaced)
-    probe = torch.randn(example.shape, generator=torch.Generator().manual_seed(0))
-    expected, found = (_layer_outputs(network, probe, layers) for network in (module, folded))
-    same = all(
-        torch.allclose(found[name], output, rtol=0, atol=FOLDING_TOLERANCE * float(output.abs().max()))
-        for name, output in expected.items()
-    )
-    return folded if same else module
-
-
-def _activation_of(norm: nn.BatchNorm2d) -> nn.Module:
-    """Return what a batch norm does besides: nothing, but for those of timm that contain an activation."""
-    activation = getattr(norm, "act", None)
-    return activation if isinstance(activation, nn.Module) else nn.Identity()
-
-
-def _foldable_norms(module: nn.Module, example: torch.Tensor, layers: set[str]) -> dict[str, str]:
-    """Return {convolution: the batch norm that is fed with its output} by name."""
-    produced: dict[int, tuple[str, torch.Tensor, int]] = {}  # holds the tensors, so that no address is used again
-    pairs: dict[str, str] = {}
-    calls: dict[str, int] = {}
-
-    def watch(name: str) -> Any:
-        def after(part: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-            calls[name] = calls.get(name, 0) + 1
-            if isinstance(part, nn.Conv2d):
-                produced[id(output)] = name, output, output._version
-            elif inputs and (given := produced.get(id(inputs[0]))) is not None and given[2] == inputs[0]._version:
-                pairs[given[0]] = name
-
-        return after
-
-    convolutions = {name: part for name, part in module.named_modules() if isinstance(part, nn.Conv2d)}
-    norms = {
-        name: part for name, part in module.named_modules() if isinstance(part, nn.BatchNorm2d) and not part.training
-    }
-    if not norms:
-        return {}
-    handles = [part.register_forward_hook(watch(name)) for name, part in (convolutions | norms).items()]
-    _run_hooked(module, example, handles)
-    fed = list(pairs.values())
-    return {
-        conv: norm
-        for conv, norm in pairs.items()
-        if calls[conv] == calls[norm] == fed.count(norm) == 1
-        and not any(_holds(conv, layer) or _holds(norm, layer) for layer in layers)
-    }
-
-
-def _layer_outputs(module: nn.Module, images: torch.Tensor, layers: set[str]) -> dict[str, torch.Tensor]:
-    """Run a network and return a copy of the last output of each layer that gives a tensor."""
-    outputs: dict[str, torch.Tensor] = {}
-
-    def keep(name: str) -> Any:
-        def hook(part: nn.Module, inputs: Any, output: Any) -> None:
-            if isinstance(output, torch.Tensor):
-                outputs[name] = output.clone()
-
-        return hook
-
-    handles = [part.register_forward_hook(keep(name)) for name, part in module.named_modules() if name in layers]
-    _run_hooked(module, images, handles)
-    return outputs
-
-
-def _with_replaced(module: nn.Module, name: str, replaced: Mapping[str, nn.Module]) -> nn.Module:
-    """Return a copy of a module in which the named parts are others, or itself where it has none of them."""
-    if name in replaced:
-        return replaced[name]
-    if name and not any(_holds(name, other) for other in replaced):
-        return module
-    clone = copy.copy(module)  # keeps parameters, buffers and hooks
-    clone._modules = {
-        key: None if child is None else _with_replaced(child, f"{name}.{key}" if name else key, replaced)
-        for key, child in module._modules.items()
-    }
-    return clone
-
-
-def _run_hooked(module: nn.Module, images: torch.Tensor, handles: Iterable[RemovableHandle]) -> None:
-    """Run a module for what its hooks see, and remove them."""
-    try:
-        module(images)
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class _Skipped(nn.Module):
@@ -385,7 +279,7 @@ def _watch_order(module: nn.Module, example: torch.Tensor) -> tuple[dict[str, in
         if name:
             handles.append(part.register_forward_pre_hook(entering(name)))
             handles.append(part.register_forward_hook(leaving(name)))
-    _run_hooked(module, example, handles)
+    run_hooked(module, example, handles)
     return first_called, last_returned
 
 
@@ -416,10 +310,6 @@ def _leading_chain(calls: Sequence[_Call], example: torch.Tensor) -> list[_Call]
     return chain
 
 
-def _holds(name: str, layer: str) -> bool:
-    return layer == name or layer.startswith(f"{name}.")
-
-
 def _watch_children(module: nn.Module, example: torch.Tensor) -> list[_Call]:
     """Run a module and return the calls of its children in their order."""
     calls: list[_Call] = []
@@ -441,7 +331,7 @@ def _watch_children(module: nn.Module, example: torch.Tensor) -> list[_Call]:
     for name, child in module.named_children():
         handles.append(child.register_forward_pre_hook(before, with_kwargs=True))
         handles.append(child.register_forward_hook(watch(name), with_kwargs=True))
-    _run_hooked(module, example, handles)
+    run_hooked(module, example, handles)
     return calls
 
 

@@ -63,18 +63,56 @@ class CouplingNet(nn.Sequential):
         Returns:
             [channels_out, B * H * W], of the type of `x`.
         """
+        dtype = torch.bfloat16 if self.in_bfloat16 else x.dtype
+        w1, b1, w2, b2 = (weight.to(dtype) for weight in self._weights(gain, bias))
+        if w1.shape[2] == 1:
+            hidden = torch.addmm(b1[:, None], w1.flatten(1), x.to(dtype)).relu_()  # [hidden, N]
+            return torch.addmm(b2[:, None], w2.flatten(1), hidden).to(x.dtype)
+        hidden_maps = F.conv2d(_ToMaps.apply(x.to(dtype), grid), w1, b1, padding="same").relu_()
+        coefficients: torch.Tensor = _ToRows.apply(F.conv2d(hidden_maps, w2, b2, padding="same"))
+        return coefficients.to(x.dtype)
+
+    def affine_(
+        self,
+        x: torch.Tensor,
+        grid: tuple[int, int, int],
+        gain: torch.Tensor,
+        bias: torch.Tensor,
+        hidden: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        """Write what `affine` returns into `out`, without gradients.
+
+        A row of ones makes the biases columns of the weights, so that matrices need no pass for them; and memory that
+        is asked for anew in every step costs more than some of the arithmetic on it.
+
+        Args:
+            x: [channels_in + 1, B * H * W], the last row one.
+            grid: B, H, W.
+            gain: [channels_out].
+            bias: [channels_out].
+            hidden: [hidden channels + 1, B * H * W], the last row one; the others are overwritten.
+            out: [channels_out, B * H * W].
+        """
+        w1, b1, w2, b2 = self._weights(gain, bias)
+        if self.in_bfloat16:
+            out.copy_(self.affine(x[:-1], grid, gain, bias))
+            return
+        if w1.shape[2] > 1:
+            hidden_maps = F.conv2d(_maps(x[:-1], grid), w1, b1, padding="same").relu_()
+            out.copy_(_as_rows_view(F.conv2d(hidden_maps, w2, b2, padding="same")))
+            return
+        torch.mm(torch.cat((w1.flatten(1), b1[:, None]), dim=1), x, out=hidden[:-1]).relu_()
+        torch.mm(torch.cat((w2.flatten(1), b2[:, None]), dim=1), hidden, out=out)
+
+    def _weights(
+        self, gain: torch.Tensor, bias: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return weight and bias of both convolutions, the last ones with `gain` and `bias` in them."""
         first, _, last = self
         assert isinstance(first, nn.Conv2d) and isinstance(last, nn.Conv2d)
         assert first.bias is not None and last.bias is not None
-        weights = first.weight, first.bias, last.weight * gain[:, None, None, None], last.bias * gain + bias
-        dtype = torch.bfloat16 if self.in_bfloat16 else x.dtype
-        w1, b1, w2, b2 = (weight.to(dtype) for weight in weights)
-        if first.kernel_size == (1, 1):
-            hidden = torch.addmm(b1[:, None], w1.flatten(1), x.to(dtype)).relu_()  # [hidden, N]
-            return torch.addmm(b2[:, None], w2.flatten(1), hidden).to(x.dtype)
-        hidden = F.conv2d(_ToMaps.apply(x.to(dtype), grid), w1, b1, padding="same").relu_()
-        coefficients: torch.Tensor = _ToRows.apply(F.conv2d(hidden, w2, b2, padding="same"))
-        return coefficients.to(x.dtype)
+        return first.weight, first.bias, last.weight * gain[:, None, None, None], last.bias * gain + bias
 
 
 class _ToMaps(torch.autograd.Function):
@@ -110,8 +148,12 @@ def _maps(rows: torch.Tensor, grid: tuple[int, int, int]) -> torch.Tensor:
 
 
 def as_rows(maps: torch.Tensor) -> torch.Tensor:
+    return _as_rows_view(maps).contiguous()
+
+
+def _as_rows_view(maps: torch.Tensor) -> torch.Tensor:
     if maps.is_contiguous(memory_format=torch.channels_last):
-        return maps.permute(0, 2, 3, 1).flatten(0, 2).t().contiguous()
+        return maps.permute(0, 2, 3, 1).flatten(0, 2).t()
     return maps.transpose(0, 1).flatten(1)
 
 
@@ -172,3 +214,30 @@ class Couple(torch.autograd.Function):
         of_tanh = of_log_factor.add_(of_log_det).mul_(ctx.clamp)
         torch.addcmul(of_tanh, of_tanh * tanh, tanh, value=-1, out=of_coefficients[: len(active)])
         return of_passive.mul_(scale), of_active, of_coefficients, of_scale, of_offset, of_log_scale, None, None
+
+
+def couple_(
+    x: torch.Tensor,
+    coefficients: torch.Tensor,
+    scale: torch.Tensor,
+    offset: torch.Tensor,
+    log_scale: torch.Tensor,
+    clamp: float,
+    out: torch.Tensor,
+) -> None:
+    """Write what `Couple` returns before the permutation into `out`; no gradients, no log-determinant, no new memory.
+
+    Args:
+        x: [P + 1 + A, N]: passive rows, a row of ones, active rows.
+        coefficients: [2 A, N]; overwritten.
+        scale: [P, 1].
+        offset: [P, 1].
+        log_scale: [A, 1].
+        clamp: Bound of the coupling's log-scale.
+        out: As `x`; its row of ones is left alone.
+    """
+    num_passive = len(scale)
+    factor, shift = coefficients.tensor_split([len(log_scale)])
+    torch.add(log_scale, factor.tanh_(), alpha=clamp, out=factor).exp_()
+    torch.addcmul(offset, x[:num_passive], scale, out=out[:num_passive])
+    torch.addcmul(shift, x[num_passive + 1 :], factor, out=out[num_passive + 1 :])

@@ -39,7 +39,7 @@ from patchcore.errors import ConfigurationError, DataError
 from patchcore.features.extractor import FeatureExtractor, build_extractor
 from patchcore.methods.tiles import cut_tiles, drawn_corners, resized, tiled_map
 from patchcore.methods.training import WITHOUT_HELD_OUT, EpochRecord, Training, load_weights
-from patchcore.runtime import derive_seed, progress
+from patchcore.runtime import derive_seed, over_threads, progress
 from patchcore.scoring.anomaly_map import image_scores
 from patchcore.scoring.calibration import Calibration, MapStatistics, calibrate
 from patchcore.scoring.post_processing import post_processed
@@ -328,7 +328,12 @@ class FastFlow(AnomalyDetector):
         return torch.stack([tiled_map(image, tiles, input_size, maps_of) for image in images])
 
     def _input_maps(self, flows: FastFlowNet, inputs: torch.Tensor, size: int) -> torch.Tensor:
-        """Return maps [B, size, size] of what the backbone gets [B, 3, S, S]: the mean over the scales."""
+        """Return maps [B, size, size] of what the backbone gets [B, 3, S, S]."""
+        return over_threads(lambda part: self._maps_of_part(flows, part, size), inputs, self.device)
+
+    @torch.inference_mode()  # each thread has a mode of its own
+    def _maps_of_part(self, flows: FastFlowNet, inputs: torch.Tensor, size: int) -> torch.Tensor:
+        """Return the mean over the scales."""
         total = torch.zeros((), device=self.device)
         scales = self.config.post_processing.scales
         for scale in scales:

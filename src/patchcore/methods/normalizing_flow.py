@@ -6,6 +6,7 @@ import math
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from torch import nn
 
 from patchcore.configs import FastFlowConfig
 from patchcore.errors import ConfigurationError
-from patchcore.methods.coupling import Couple, CouplingNet, as_rows
+from patchcore.methods.coupling import Couple, CouplingNet, as_rows, couple_
 
 RELATIVE_STD_FLOOR = 0.1  # of the root mean square over channels; see FeatureFlow.standardise_by
 MIN_SPREAD_BITS = 1e-6  # a flow whose map is flat, as on equal images, is left in its own unit
@@ -71,25 +72,65 @@ class FlowStep(AllInOneBlock):
             The transformed matrix, and the log-determinant of each position [B * H * W].
         """
         passive, active = x.split(self.splits)
-        scale = self.global_scale_activation(self.global_scale).flatten()  # [C]
-        passive_scale, active_scale = scale.split(self.splits)
-        passive_offset, active_offset = self.global_offset.flatten().split(self.splits)
-        # The global scale and offset of the changed half are those of its coefficients.
-        gain = COEFFICIENT_SCALE * torch.cat((torch.ones_like(active_scale), active_scale))
-        bias = torch.cat((torch.zeros_like(active_offset), active_offset))
-        coefficients = self.subnet.affine(passive, grid, gain, bias)
-        log_scale = scale.log()
+        scale, offset, log_scale, gain, bias = self._global()
         result, log_det = Couple.apply(
             passive,
             active,
-            coefficients,
-            passive_scale[:, None],
-            passive_offset[:, None],
-            log_scale[len(passive) :, None],
+            self.subnet.affine(passive, grid, gain, bias),
+            scale,
+            offset,
+            log_scale[len(passive) :],
             self.order,
             float(self.clamp),
         )
         return result, log_det + log_scale.sum()
+
+    @property
+    def order_with_ones(self) -> torch.Tensor:
+        """`order` for matrices with a row of ones behind the passive half; int64 [C + 1]."""
+        num_passive = self.splits[0]
+        shifted = self.order + (self.order >= num_passive)
+        return torch.cat((shifted[:num_passive], shifted.new_tensor([num_passive]), shifted[num_passive:]))
+
+    def couple_(self, x: torch.Tensor, grid: tuple[int, int, int], memory: Memory) -> None:
+        """Write what `advance` makes of a matrix into `memory.result`, without the permutation or gradients.
+
+        Args:
+            x: [C + 1, B * H * W], with a row of ones behind the passive half.
+            grid: B, H, W.
+            memory: Overwritten.
+        """
+        num_passive = self.splits[0]
+        scale, offset, log_scale, gain, bias = self._global()
+        self.subnet.affine_(x[: num_passive + 1], grid, gain, bias, memory.hidden, memory.coefficients)
+        couple_(x, memory.coefficients, scale, offset, log_scale[num_passive:], float(self.clamp), memory.result)
+
+    def _global(self) -> tuple[torch.Tensor, ...]:
+        """Return scale and offset [P, 1] of the passive half, log-scale [C, 1], gain and bias [2 A] of the subnet.
+
+        The global scale and offset of the changed half are those of its coefficients.
+        """
+        scale = self.global_scale_activation(self.global_scale).flatten()  # [C]
+        passive_scale, active_scale = scale.split(self.splits)
+        passive_offset, active_offset = self.global_offset.flatten().split(self.splits)
+        gain = COEFFICIENT_SCALE * torch.cat((torch.ones_like(active_scale), active_scale))
+        bias = torch.cat((torch.zeros_like(active_offset), active_offset))
+        return passive_scale[:, None], passive_offset[:, None], scale.log()[:, None], gain, bias
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What the steps of a flow write into in turn, where no gradients are kept.
+
+    Attributes:
+        hidden: [hidden channels + 1, N], the last row one.
+        coefficients: [2 A, N].
+        result: [C + 1, N], a row of ones behind the passive half.
+    """
+
+    hidden: torch.Tensor
+    coefficients: torch.Tensor
+    result: torch.Tensor
 
 
 class FeatureFlow(nn.Module):
@@ -150,6 +191,39 @@ class FeatureFlow(nn.Module):
             log_det = log_det + step_log_det
         return x.unflatten(1, grid).transpose(0, 1), log_det.view(grid)  # [B, C, H, W], [B, H, W]
 
+    @torch.no_grad()
+    def mean_squares(self, features: torch.Tensor) -> torch.Tensor:
+        """Return the mean square over channels of the latent variable that `forward` gives, in less time.
+
+        Args:
+            features: float [B, C, H, W].
+
+        Returns:
+            [B, H, W].
+        """
+        grid = features.shape[0], features.shape[2], features.shape[3]
+        first = self.steps[0]
+        assert isinstance(first, FlowStep)
+        num_passive, num_active = first.splits
+        rows = as_rows(features)
+        x = rows.new_ones(rows.shape[0] + 1, rows.shape[1])
+        offset, factor = -(self.mean / self.std).view(-1, 1), 1 / self.std.view(-1, 1)
+        torch.addcmul(offset[:num_passive], rows[:num_passive], factor[:num_passive], out=x[:num_passive])
+        torch.addcmul(offset[num_passive:], rows[num_passive:], factor[num_passive:], out=x[num_passive + 1 :])
+        memory = Memory(
+            hidden=x.new_ones(first.subnet[0].out_channels + 1, x.shape[1]),
+            coefficients=x.new_empty(2 * num_active, x.shape[1]),
+            result=torch.ones_like(x),
+        )
+        last = len(self.steps) - 1
+        for number, step in enumerate(self.steps):
+            assert isinstance(step, FlowStep)
+            step.couple_(x, grid, memory)
+            if number < last:  # a sum over channels does not mind their order
+                torch.index_select(memory.result, 0, step.order_with_ones, out=x)
+        memory.result[num_passive] = 0
+        return memory.result.square_().sum(dim=0).div_(len(rows)).view(grid)
+
     def inverse(self, latent: torch.Tensor) -> torch.Tensor:
         """Return the features [B, C, H, W] that `forward` maps to a latent variable."""
         for step in list(self.steps)[::-1]:
@@ -175,22 +249,22 @@ def bits_per_dimension(latent: torch.Tensor, log_det: torch.Tensor) -> torch.Ten
     return (energy - log_det) / (channels * LOG_2)
 
 
-def latent_bits(latent: torch.Tensor) -> torch.Tensor:
-    """Return the negative log-density of the latent variable [B, C, H, W] at each position, in bits per dimension.
+def latent_bits(mean_squares: torch.Tensor) -> torch.Tensor:
+    """Return the negative log-density of the latent variable in bits per dimension, from its mean squares [B, H, W].
 
     Maps are made of it rather than of `bits_per_dimension`, as published. The density of the features has the
     log-determinant too, but follows how complex their neighbourhood is (Serra et al., "Input Complexity and
     Out-of-Distribution Detection", ICLR 2020): smooth defects would look normal, rich texture anomalous.
     """
-    return (0.5 / LOG_2) * latent.square().mean(dim=1) + 0.5 * math.log2(2 * math.pi)  # [B, H, W]
+    return (0.5 / LOG_2) * mean_squares + 0.5 * math.log2(2 * math.pi)
 
 
-def mean_probability(latent: torch.Tensor) -> torch.Tensor:
-    """Return exp of the mean log-density over channels, up to its constant: [B, C, H, W] -> [B, H, W] in (0, 1].
+def mean_probability(mean_squares: torch.Tensor) -> torch.Tensor:
+    """Return exp of the mean log-density over channels, up to its constant: mean squares [B, H, W] to (0, 1].
 
     Source: the maps of FastFlow, section 3.3 of Yu et al. (2021).
     """
-    return torch.exp(-0.5 * latent.square().mean(dim=1))
+    return torch.exp(-0.5 * mean_squares)
 
 
 class FastFlowNet(nn.Module):
@@ -265,7 +339,11 @@ class FastFlowNet(nn.Module):
         self.spread.copy_(torch.stack(spread).clamp(min=MIN_SPREAD_BITS))
 
     def _likelihoods(self, features: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        return [latent_bits(latent) for latent, _ in self(features)]
+        return [latent_bits(squares) for squares in self._mean_squares(features)]
+
+    def _mean_squares(self, features: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        flows = [flow for flow in self.flows if isinstance(flow, FeatureFlow)]
+        return [flow.mean_squares(feature_map) for flow, feature_map in zip(flows, features, strict=True)]
 
     def anomaly_grid(self, features: Sequence[torch.Tensor], map_mode: str) -> torch.Tensor:
         """Join what the flows say of each position.
@@ -281,7 +359,7 @@ class FastFlowNet(nn.Module):
             float32 [B, h, w] on the finest of the grids, higher is more anomalous.
         """
         if map_mode == "prob":
-            mean = _mean_on_finest([mean_probability(latent) for latent, _ in self(features)])
+            mean = _mean_on_finest([mean_probability(squares) for squares in self._mean_squares(features)])
             return -mean.clamp(min=torch.finfo(mean.dtype).tiny).log2()
         grids = self._likelihoods(features)
         if map_mode == "weighted":
