@@ -32,6 +32,7 @@ ALLOWED = {
     "stored_models": {"prediction", "storage"},
     "pipeline": {"class_run", "stored_models", "methods", "datasets", "evaluation", "storage", "tracking"},
     "comparison": {"storage", "evaluation"},
+    "exploration": {"datasets", "evaluation", "storage"},
     "presets": set(),
     "tracking": set(),
     "configs": set(),
@@ -39,7 +40,7 @@ ALLOWED = {
     "runtime": set(),
     "errors": set(),
 }
-CLI_CALLBACKS_MAY_IMPORT = {"pipeline", "stored_models", "datasets", "comparison"}
+CLI_CALLBACKS_MAY_IMPORT = {"pipeline", "stored_models", "datasets", "comparison", "exploration"}
 ONE_HOME = {
     "FrEIA": "methods/normalizing_flow.py",
     "click": "cli/",
