@@ -15,8 +15,8 @@ from patchcore.configs import RESIZE_MODES, DatasetConfig, PreprocessingConfig
 from patchcore.datasets.exploration import TEST, TRAIN, ClassFacts, ImageFacts, crop_window, explore_class
 from patchcore.datasets.exploration_summary import class_summary, grouped, problem_summary
 from patchcore.datasets.images import place, read_image, read_mask
-from patchcore.datasets.inspection import GOOD, choose_categories
-from patchcore.datasets.problems import ERROR, Problem, find_problems
+from patchcore.datasets.inspection import GOOD, choose_categories, subfolders
+from patchcore.datasets.problems import ERROR, Problem, find_problems, no_class
 from patchcore.datasets.registry import dataset_class
 from patchcore.errors import ConfigurationError
 from patchcore.evaluation.metrics import label_regions
@@ -67,6 +67,8 @@ def explore_dataset(dataset: DatasetConfig, out: Path, announce: Announce) -> bo
         summaries[category] = class_summary(facts, dataset.preprocessing, root)
         distributions.append(_distribution(facts, summaries[category]))
         write_bytes(out / sheet, png_bytes(contact_sheet(category, list(_sheet_rows(facts, dataset.preprocessing)))))
+    if not dataset.categories:
+        problems += [no_class(folder) for folder in subfolders(root) if folder.name not in categories]
     content: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "dataset": dataset.name,
@@ -117,13 +119,18 @@ def overview(content: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def problem_text(problem: Mapping[str, Any]) -> str:
-    """Return a problem of exploration.json as one line."""
-    found = problem["found"]
-    files = [name for name in problem["files"][:FILES_SHOWN] if name not in found]
+    """Return a problem of exploration.json as lines for a terminal."""
+    lines = [f"{problem['severity']}: {problem['class']}: {problem['kind']}: {problem['found']}"]
+    lines.append(f"    {problem['consequence']}; remedy: {problem['remedy']}")
+    if problem["files"]:
+        lines.append(f"    {', '.join(_files_shown(problem))}")
+    return "\n".join(printable(line) for line in lines)
+
+
+def _files_shown(problem: Mapping[str, Any]) -> list[str]:
+    """Return the first files of a problem, and how many more there are."""
     more = problem["num_files"] - FILES_SHOWN
-    listed = f" [{', '.join(files)}{f' and {more} more' if more > 0 else ''}]" if files or more > 0 else ""
-    text = f"{problem['severity']}: {problem['class']}: {problem['kind']}: {found}{listed}"
-    return printable(f"{text}; {problem['consequence']}; remedy: {problem['remedy']}")
+    return [*problem["files"][:FILES_SHOWN], *([f"{more} more"] if more > 0 else [])]
 
 
 def markdown(content: Mapping[str, Any]) -> str:
@@ -153,9 +160,8 @@ def markdown(content: Mapping[str, Any]) -> str:
     header = ["severity", "class", "what", "found", "consequence", "remedy", "files"]
     rows = []
     for p in content["problems"]:
-        more = [f"{p['num_files'] - FILES_SHOWN} more"] if p["num_files"] > FILES_SHOWN else []
         texts = [p[key] for key in ("severity", "class", "kind", "found", "consequence", "remedy")]
-        rows.append([*texts, ", ".join([*p["files"][:FILES_SHOWN], *more])])
+        rows.append([*texts, ", ".join(_files_shown(p))])
     blocks.append(_table(header, rows) if rows else "None found.")
     return "\n\n".join(blocks) + "\n"
 

@@ -56,6 +56,13 @@ def find_problems(facts: ClassFacts, preprocessing: PreprocessingConfig) -> list
     return sorted(found, key=lambda problem: problem.severity != ERROR)
 
 
+def no_class(folder: Path) -> Problem:
+    """Return the problem of a folder beside the classes that holds neither `train` nor `test`."""
+    found = f"the folder {folder.name!r} holds neither {TRAIN} nor {TEST}"
+    remedy = "mind the spelling, upper and lower case included, if it is meant to be a class"
+    return Problem(WARNING, "no class", folder.name, found, "a run goes on without it", remedy, (folder,))
+
+
 def _refusal(facts: ClassFacts, _: PreprocessingConfig) -> Iterator[Problem]:
     if facts.refusal is not None:
         consequence = "a run that includes this class does not start, and evaluates none of the others"
@@ -128,7 +135,7 @@ def _test_images(facts: ClassFacts, _: PreprocessingConfig) -> Iterator[Problem]
     elif good < FEW_GOOD_TEST_IMAGES:
         consequence = f"one of them moves the image AUROC by up to {1 / good:.2f}: differences of methods are chance"
         yield _warning(
-            facts, "few good test images", f"{good} good test images", consequence, f"add some to test/{GOOD}"
+            facts, "few good test images", f"{good} good test image(s)", consequence, f"add some to test/{GOOD}"
         )
 
 
@@ -144,7 +151,7 @@ def _masks(facts: ClassFacts, _: PreprocessingConfig) -> Iterator[Problem]:
         facts,
         "empty mask",
         [i for i in usable if i.mask and i.mask.defect_px == 0],
-        "{n} masks of anomalous images mark nothing",
+        "{n} mask(s) of anomalous images mark nothing",
         "every pixel of these images counts as normal, and PRO leaves them out",
         "mark the defects, or move the images to " + f"test/{GOOD}",
     )
@@ -152,7 +159,7 @@ def _masks(facts: ClassFacts, _: PreprocessingConfig) -> Iterator[Problem]:
         facts,
         "mask not binary",
         [i for i in usable if i.mask and i.mask.num_values > 1],
-        "{n} masks have more than one value beside 0",
+        "{n} mask(s) have more than one value beside 0",
         "every value but 0 counts as defect (JPEG, WebP: every value above half of the brightest), soft edges included",
         "store masks as PNG with 0 and 255 alone, if these values meant anything else",
     )
@@ -160,12 +167,12 @@ def _masks(facts: ClassFacts, _: PreprocessingConfig) -> Iterator[Problem]:
         facts,
         "mask nearly full",
         [i for i in usable if i.mask and i.mask.defect_fraction > INVERTED_FRACTION],
-        f"{{n}} masks mark more than {INVERTED_FRACTION:.0%} of their image",
+        f"{{n}} mask(s) mark more than {INVERTED_FRACTION:.0%} of their image",
         "good pixels count as defect if the masks are inverted",
         "look at the contact sheet, and invert the masks if need be",
     )
     if facts.good_with_defect:
-        found = f"{len(facts.good_with_defect)} masks of good images mark a defect"
+        found = f"{len(facts.good_with_defect)} mask(s) of good images mark a defect"
         consequence = "a run does not read them: the images count as good"
         remedy = "move the images to their defect type, or remove the masks"
         yield _warning(facts, "mask of a good image", found, consequence, remedy, facts.good_with_defect)
@@ -180,13 +187,15 @@ def _crop(facts: ClassFacts, preprocessing: PreprocessingConfig) -> Iterator[Pro
         facts,
         "defect cropped away",
         emptied,
-        "resize and crop leave nothing of the defect in {n} anomalous images",
+        "resize and crop leave nothing of the defect in {n} anomalous image(s)",
         "they count as anomalous and show nothing of it: image AUROC falls, and PRO leaves them out",
         remedy,
     )
     partly = [(i, loss) for i, loss in losses if loss.num_regions and not loss.is_emptied]
     if partly:
-        found = f"resize and crop empty {sum(loss.num_regions for _, loss in partly)} regions of masks that keep others"
+        found = (
+            f"resize and crop empty {sum(loss.num_regions for _, loss in partly)} region(s) of masks that keep others"
+        )
         files = [i.record.path for i, _ in partly]
         yield _warning(facts, "regions cropped away", found, "PRO leaves them out", remedy, files)
     square = (preprocessing.resize_px, preprocessing.resize_px)
@@ -196,7 +205,7 @@ def _crop(facts: ClassFacts, preprocessing: PreprocessingConfig) -> Iterator[Pro
         facts,
         "crop of long images",
         [i for i, p in readable if place(p.height, p.width, preprocessing).lost_fraction > allowed],
-        "the centre crop loses more of {n} images than of a square one",
+        "the centre crop loses more of {n} image(s) than of a square one",
         "what lies at their ends is never looked at",
         "--resize_mode letterbox keeps long images whole",
     )
@@ -204,7 +213,7 @@ def _crop(facts: ClassFacts, preprocessing: PreprocessingConfig) -> Iterator[Pro
         facts,
         "small images",
         [i for i, p in readable if 2 * min(p.height, p.width) < preprocessing.resize_px],
-        f"{{n}} images have less than half of --resize {preprocessing.resize_px} px along the shorter side",
+        f"{{n}} image(s) have less than half of --resize {preprocessing.resize_px} px along the shorter side",
         "they are enlarged: blurred, at the cost of large ones",
         "a smaller --resize and --imagesize",
     )
@@ -232,7 +241,7 @@ def _pictures(facts: ClassFacts, _: PreprocessingConfig) -> Iterator[Problem]:
         facts,
         "dark image",
         [i for i, p in readable if p.darkest < p.brightest < DARK_LEVEL],
-        f"{{n}} images read as nearly black (brightest pixel below {DARK_LEVEL} of 255)",
+        f"{{n}} image(s) read as nearly black (brightest pixel below {DARK_LEVEL} of 255)",
         "little is left to see, as where a camera gives 12 bits and the file holds 16",
         "scale the values to the full range of the file",
     )
@@ -240,7 +249,7 @@ def _pictures(facts: ClassFacts, _: PreprocessingConfig) -> Iterator[Problem]:
         facts,
         "image of one colour",
         [i for i, p in readable if p.darkest == p.brightest],
-        "{n} images have the same value everywhere",
+        "{n} image(s) have the same value everywhere",
         "they show no part: in training they are learnt as normal",
         "remove them",
     )
@@ -248,7 +257,7 @@ def _pictures(facts: ClassFacts, _: PreprocessingConfig) -> Iterator[Problem]:
         facts,
         "transparent image",
         [i for i, p in readable if p.form.is_transparent],
-        "{n} images have transparent pixels",
+        "{n} image(s) have transparent pixels",
         "transparency is dropped: the colours stored beneath it are what a method sees",
         "store the images without it",
     )
@@ -278,7 +287,7 @@ def _copies(facts: ClassFacts, _: PreprocessingConfig) -> Iterator[Problem]:
         facts,
         "test image in training",
         good,
-        "{n} good test images are also training images",
+        "{n} good test image(s) are also training images",
         "they are recognised, not judged: too few false alarms, image AUROC too high",
         "remove them from one of the splits",
     )
@@ -286,7 +295,7 @@ def _copies(facts: ClassFacts, _: PreprocessingConfig) -> Iterator[Problem]:
         facts,
         "defect in training",
         [i for g in leaked for i in g if i.record.is_anomalous],
-        "{n} anomalous test images are also training images",
+        "{n} anomalous test image(s) are also training images",
         "their defects are learnt as normal and not found",
         "remove them from training",
     )
@@ -305,7 +314,7 @@ def _copies(facts: ClassFacts, _: PreprocessingConfig) -> Iterator[Problem]:
         facts,
         "repeated test image",
         [i for g, number in zip(twice, num_types, strict=True) if number == 1 for i in g[1:]],
-        "{n} test images repeat another one",
+        "{n} test image(s) repeat another one",
         "they count twice in every metric",
         "remove the copies",
     )
@@ -314,7 +323,7 @@ def _copies(facts: ClassFacts, _: PreprocessingConfig) -> Iterator[Problem]:
         facts,
         "repeated training image",
         repeated,
-        "{n} training images repeat another one",
+        "{n} training image(s) repeat another one",
         "calibration scores a copy by a model that knows the image: thresholds too low, more false alarms",
         "remove the copies",
     )
@@ -346,7 +355,7 @@ def _unread(facts: ClassFacts, _: PreprocessingConfig) -> Iterator[Problem]:
     for path, reason in facts.passed_over:
         reasons.setdefault(reason, []).append(path)
     for reason, paths in reasons.items():
-        found = f"{len(paths)} files or folders are passed over: {reason}"
+        found = f"{len(paths)} file(s) or folder(s) passed over: {reason}"
         yield _warning(facts, "not read", found, "a run goes on without them", "move or remove them", paths)
 
 

@@ -215,11 +215,14 @@ def _draw_boxes(
 
 
 def _draw_crops(panel: Any, classes: Sequence[ClassDistribution]) -> None:
-    modes = list(classes[0].crop_losses)
-    for number, mode in enumerate(modes):
-        losses = [100 * (c.crop_losses[mode] or 0.0) for c in classes]
-        rows = [row + 0.27 * (number - 1) for row in range(len(classes))]
+    """Draw one bar for each resize mode, with its figure: most are short or 0."""
+    for number, mode in enumerate(classes[0].crop_losses):
+        rows = [row for row, c in enumerate(classes) if c.crop_losses[mode] is not None]
+        losses = [100 * (classes[row].crop_losses[mode] or 0.0) for row in rows]
+        places = [row + 0.27 * (number - 1) for row in rows]
         style = {"color": LINE_COLOURS[number + 2], "hatch": GROUP_HATCHES[number], "edgecolor": "white"}
-        panel.barh(rows, losses, height=0.24, label=mode, linewidth=0.4, **style)
+        panel.barh(places, losses, height=0.24, label=mode, linewidth=0.4, **style)
+        for place, loss in zip(places, losses, strict=True):
+            panel.text(loss, place, f" {loss:.2g}", va="center", fontsize=7)
     panel.set_xlim(0, max(1.0, panel.get_xlim()[1]))
     _legend(panel)
