@@ -33,6 +33,7 @@ ALLOWED = {
     "pipeline": {"class_run", "stored_models", "methods", "datasets", "evaluation", "storage", "tracking"},
     "comparison": {"storage", "evaluation"},
     "exploration": {"datasets", "evaluation", "storage"},
+    "run_views": {"evaluation", "storage"},
     "presets": set(),
     "tracking": set(),
     "configs": set(),
