@@ -26,6 +26,7 @@ from patchcore.datasets.images import (
     read_image_and_form,
     read_mask_values,
     size_mismatch,
+    upright_size,
 )
 from patchcore.datasets.inspection import (
     GOOD,
@@ -259,12 +260,13 @@ def _mask_facts(
 ) -> MaskFacts:
     """Read a mask; `size` is that of its image, None where the image cannot be read."""
     try:
+        mask_size = upright_size(path)  # first, as a run does: it stops at the header, in other words
+        if size is not None and mask_size != size:
+            return MaskFacts(path, size_mismatch(path, mask_size, image, size))
         values, lossy = read_mask_values(path)
     except DataError as error:
         return MaskFacts(path, str(error))
     mask = binary_mask(values, lossy)
-    if size is not None and mask.shape != size:
-        return MaskFacts(path, size_mismatch(path, mask.shape, image, size))
     brightest = values.max(axis=2) if values.ndim == 3 else values  # [H, W]
     labels, num_regions = label_regions(mask)
     areas = np.bincount(labels.ravel(), minlength=1)[1:]  # [R]

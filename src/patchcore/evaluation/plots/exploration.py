@@ -151,7 +151,8 @@ def distributions_picture(classes: Sequence[ClassDistribution]) -> Image.Image:
 
 def _legend(panel: Any) -> None:
     """Explain a panel above it, where no bar or box can lie beneath."""
-    panel.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, fontsize=8, handlelength=1.6)
+    if panel.get_legend_handles_labels()[0]:
+        panel.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, fontsize=8, handlelength=1.6)
 
 
 def _draw_counts(panel: Any, classes: Sequence[ClassDistribution]) -> None:
