@@ -41,9 +41,9 @@ def test_the_hardest_images_are_good_ones_that_score_high_and_anomalous_ones_tha
 
 def test_pictures_that_were_not_saved_are_asked_for(run: Path) -> None:
     (run / "segmentation_images/mpdd_plate/good_b.png").unlink()
-    with pytest.raises(ConfigurationError, match="good_b.png is not there: run with --save_segmentation_images"):
+    with pytest.raises(ConfigurationError, match=r"good_b.png is not there: run with --save_segmentation_images"):
         hardest_pictures(run, "mpdd_plate", 1)
-    with pytest.raises(ConfigurationError, match="mpdd_rod.csv cannot be read .*: name the folder of a run"):
+    with pytest.raises(ConfigurationError, match=r"mpdd_rod.csv cannot be read .*: name the folder of a run"):
         hardest_pictures(run, "mpdd_rod", 1)
 
 
@@ -51,7 +51,7 @@ def test_tables_have_three_decimals_and_keep_names_counts_and_blank_cells(run: P
     header = "Row Names,defect_type,num_images,instance_auroc,full_pixel_auroc,full_pro,recall\n"
     (run / "results_by_defect.csv").write_text(header + "mpdd_1.5,2.25,14,0.98765,1.0,,0.5\n")
     assert defect_table(run).splitlines()[-1].split() == ["mpdd_1.5", "2.25", "14", "0.988", "1.000", "0.500"]
-    with pytest.raises(ConfigurationError, match="results.csv cannot be read"):
+    with pytest.raises(ConfigurationError, match=r"results.csv cannot be read"):
         result_table(run)
-    with pytest.raises(ConfigurationError, match="timings.csv cannot be read"):
+    with pytest.raises(ConfigurationError, match=r"timings.csv cannot be read"):
         timing_table(run)
