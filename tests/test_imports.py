@@ -34,12 +34,14 @@ ALLOWED = {
     "comparison": {"storage", "evaluation"},
     "presets": set(),
     "tracking": set(),
+    "exploration": {"datasets", "evaluation", "storage"},
+    "run_views": {"evaluation", "storage"},
     "configs": set(),
     "config_json": set(),
     "runtime": set(),
     "errors": set(),
 }
-CLI_CALLBACKS_MAY_IMPORT = {"pipeline", "stored_models", "datasets", "comparison"}
+CLI_CALLBACKS_MAY_IMPORT = {"pipeline", "stored_models", "datasets", "comparison", "exploration"}
 ONE_HOME = {
     "FrEIA": "methods/normalizing_flow.py",
     "click": "cli/",

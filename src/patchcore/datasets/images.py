@@ -32,6 +32,7 @@ TRANSPOSITIONS: dict[object, Image.Transpose] = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+MAX_RESIZED_PIXELS = 200_000_000  # a line of pixels resized by its shorter side would fill the memory
 SIDES_EXCHANGED = (5, 6, 7, 8)
 # What Pillow raises for damaged files of the formats we read.
 UNREADABLE = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
@@ -82,6 +83,44 @@ def place(height: int, width: int, config: PreprocessingConfig) -> Placement:
     return Placement(new_height, new_width, round((new_height - side) / 2), round((new_width - side) / 2), side, side)
 
 
+@dataclass(frozen=True)
+class StoredForm:
+    """How a file stores its image, which reading it as upright 8-bit RGB hides.
+
+    Attributes:
+        mode: Pillow's name, for example "RGB", "L", "I;16", "P" (palette) or "CMYK".
+        is_turned: Whether its EXIF orientation turns or flips it.
+        is_transparent: Whether a pixel is not opaque.
+    """
+
+    mode: str
+    is_turned: bool
+    is_transparent: bool
+
+
+def place_of_file(path: Path, height: int, width: int, config: PreprocessingConfig) -> Placement:
+    """Work out resize and crop as `place` does.
+
+    Raises:
+        DataError: The resized image would not fit into memory.
+    """
+    placement = place(height, width, config)
+    if placement.height * placement.width > MAX_RESIZED_PIXELS:
+        raise DataError(
+            f"{path}: {width} x {height} px is too long to be resized by its shorter side: "
+            "use --resize_mode letterbox or square"
+        )
+    return placement
+
+
+def size_mismatch(mask: Path, mask_size: tuple[int, ...], image: Path, size: tuple[int, int]) -> str:
+    """Say that a mask and its image, sizes as (height, width), do not fit."""
+    return (
+        f"{mask}: mask of {mask_size[1]} x {mask_size[0]} px for an image of {size[1]} x {size[0]} px "
+        f"({image.name}): both must have the same size"
+    )
+
+
 def read_image(path: Path) -> Image.Image:
     """Read a file as an upright 8-bit RGB image.
 
@@ -93,6 +132,19 @@ def read_image(path: Path) -> Image.Image:
     """
     with _opened(path, "image") as image:
         return _to_rgb(_upright(image), _largest_integer(image), path)
+
+
+def read_image_and_form(path: Path) -> tuple[Image.Image, StoredForm]:
+    """Read a file as `read_image` does, and tell how it is stored.
+
+    Raises:
+        DataError: The file cannot be read as an image.
+    """
+    with _opened(path, "image") as image:
+        mode, is_turned = image.mode, _orientation(image) in TRANSPOSITIONS
+        upright = _upright(image)
+        form = StoredForm(mode, is_turned, _is_transparent(upright))
+        return _to_rgb(upright, _largest_integer(image), path), form
 
 
 def read_mask(path: Path) -> np.ndarray:
@@ -108,9 +160,24 @@ def read_mask(path: Path) -> np.ndarray:
     Raises:
         DataError: The file cannot be read as an image.
     """
+    return binary_mask(*read_mask_values(path))
+
+
+def read_mask_values(path: Path) -> tuple[np.ndarray, bool]:
+    """Read what a mask file holds before it is made binary.
+
+    Returns:
+        Gray values [H, W] or colours [H, W, 3], black where transparent; and whether the format may lose.
+
+    Raises:
+        DataError: The file cannot be read as an image.
+    """
     with _opened(path, "mask") as image:
-        values = _opaque_values(_upright(image))
-        lossy = image.format in LOSSY_FORMATS
+        return _opaque_values(_upright(image)), image.format in LOSSY_FORMATS
+
+
+def binary_mask(values: np.ndarray, lossy: bool) -> np.ndarray:
+    """Return the mask, uint8 [H, W] in {0, 1}, of what `read_mask_values` returns."""
     defect = values > values.max() / 2 if lossy else values != 0
     return (defect.any(axis=-1) if defect.ndim == 3 else defect).astype(np.uint8)
 
@@ -190,6 +257,12 @@ def _to_rgb(image: Image.Image, largest_integer: int, path: Path) -> Image.Image
     if "transparency" in image.info:
         image = image.convert("RGBA")  # Pillow warns of a palette with transparency that is converted in one step
     return image.convert("RGB")
+
+
+def _is_transparent(image: Image.Image) -> bool:
+    if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
+        return False
+    return bool((np.asarray(image.convert("RGBA"))[..., 3] < 255).any())
 
 
 def _gray(values: np.ndarray) -> Image.Image:

@@ -12,17 +12,27 @@ import enum
 import functools
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
 from patchcore.configs import DatasetConfig, PreprocessingConfig
-from patchcore.datasets.images import crop_image, crop_labels, place, read_image, read_mask, upright_size
+from patchcore.datasets.images import (
+    crop_image,
+    crop_labels,
+    place,
+    place_of_file,
+    read_image,
+    read_mask,
+    size_mismatch,
+    upright_size,
+)
 from patchcore.errors import ConfigurationError, DataError
 from patchcore.runtime import derive_seed, progress
 
@@ -30,8 +40,9 @@ LOGGER = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 GOOD = "good"
-MAX_RESIZED_PIXELS = 200_000_000  # a line of pixels resized by its shorter side would fill the memory
 DARK_LEVEL = 32  # 12 bits that a camera stored as 16 reach 16 of 255
+
+T = TypeVar("T")
 
 
 class DatasetSplit(enum.Enum):
@@ -63,6 +74,21 @@ class ImageRecord:
         return self.defect_type != GOOD
 
 
+@dataclass(frozen=True)
+class Fault:
+    """Something in the folders of a class at which a run stops.
+
+    Attributes:
+        kind: "same name", "two masks", "missing mask" or "mask without image".
+        path: The file.
+        message: One line for the user.
+    """
+
+    kind: str
+    path: Path
+    message: str
+
+
 def list_images(folder: Path) -> list[Path]:
     """Return the image files of a folder, sorted by name; hidden files and other kinds are passed over.
 
@@ -72,22 +98,36 @@ def list_images(folder: Path) -> list[Path]:
     Raises:
         DataError: Two files differ in their suffix alone, so that masks and pictures could not be told apart.
     """
-    paths = sorted(p for p in folder.iterdir() if _is_image(p)) if folder.is_dir() else []
+    return _without_faults(*survey_images(folder))
+
+
+def survey_images(folder: Path) -> tuple[list[Path], list[Fault]]:
+    """Return the image files of a folder, sorted by name, and the faults at which `list_images` stops."""
+    paths = sorted(p for p in folder.iterdir() if is_image_file(p)) if folder.is_dir() else []
+    faults: list[Fault] = []
     stems: dict[str, Path] = {}
     for path in paths:
-        if path.stem in stems:
-            raise DataError(f"{path}: {stems[path.stem].name} has the same name but for its suffix: rename one of them")
-        stems[path.stem] = path
-    return paths
+        other = stems.setdefault(path.stem, path)
+        if other is not path:
+            message = f"{path}: {other.name} has the same name but for its suffix: rename one of them"
+            faults.append(Fault("same name", path, message))
+    return paths, faults
 
 
-def _is_image(path: Path) -> bool:
+def _without_faults(found: list[T], faults: Sequence[Fault]) -> list[T]:
+    if faults:
+        raise DataError(faults[0].message)
+    return found
+
+
+def is_image_file(path: Path) -> bool:
+    """Return whether a run reads a file as an image: by its suffix, and not hidden."""
     if path.suffix.lower() not in IMAGE_SUFFIXES or path.name.startswith("."):
         return False
     return path.is_file() or (path.is_symlink() and not path.exists())  # a broken link is reported when it is read
 
 
-def _subfolders(folder: Path) -> list[Path]:
+def subfolders(folder: Path) -> list[Path]:
     """Return the folders in a folder by name, without hidden ones such as .ipynb_checkpoints; none if it is missing."""
     if not folder.is_dir():
         return []
@@ -96,7 +136,7 @@ def _subfolders(folder: Path) -> list[Path]:
 
 def found_categories(root: Path) -> list[str]:
     """Return the names of the folders below `root` that look like a class (they hold `train` or `test`)."""
-    return [p.name for p in _subfolders(root) if (p / "train").is_dir() or (p / "test").is_dir()]
+    return [p.name for p in subfolders(root) if (p / "train").is_dir() or (p / "test").is_dir()]
 
 
 def list_train(root: Path, category: str) -> list[ImageRecord]:
@@ -113,43 +153,47 @@ def list_test(root: Path, category: str) -> list[ImageRecord]:
     Raises:
         DataError: An image has no mask, or a mask no image.
     """
+    return _without_faults(*survey_test(root, category))
+
+
+def survey_test(root: Path, category: str) -> tuple[list[ImageRecord], list[Fault]]:
+    """List the test images of a class with the masks that there are, and the faults at which `list_test` stops."""
     test, truth = root / category / "test", root / category / "ground_truth"
     records: list[ImageRecord] = []
-    for folder in _subfolders(test):
-        images = list_images(folder)
-        if folder.name == GOOD or not truth.is_dir():
-            records += [ImageRecord(p, category, folder.name) for p in images]
-        else:
-            masks = _pair_masks(images, truth / folder.name)
-            records += [ImageRecord(p, category, folder.name, mask) for p, mask in zip(images, masks, strict=True)]
-    for folder in _subfolders(truth):
+    faults: list[Fault] = []
+    for folder in subfolders(test):
+        images, found = survey_images(folder)
+        faults += found
+        masks: dict[str, Path] = {}
+        if folder.name != GOOD and truth.is_dir():
+            masks, found = _survey_masks(images, truth / folder.name)
+            faults += found
+        records += [ImageRecord(p, category, folder.name, masks.get(p.stem)) for p in images]
+    for folder in subfolders(truth):
         if folder.name != GOOD and not (test / folder.name).is_dir():
-            _pair_masks([], folder)
-    return records
+            faults += _survey_masks([], folder)[1]
+    return records, faults
 
 
-def _pair_masks(images: Sequence[Path], truth: Path) -> list[Path]:
-    """Return the mask of each image, by file name."""
+def _survey_masks(images: Sequence[Path], truth: Path) -> tuple[dict[str, Path], list[Fault]]:
+    """Return the masks in a folder by the name of their image, and what does not pair up."""
+    paths, faults = survey_images(truth)
     masks: dict[str, Path] = {}
-    for mask in list_images(truth):
-        name = mask.stem.removesuffix("_mask")
-        if name in masks:
-            raise DataError(f"{mask}: {masks[name].name} is a mask of the same image: remove one of them")
-        masks[name] = mask
-    pairs = []
+    for mask in paths:
+        other = masks.setdefault(mask.stem.removesuffix("_mask"), mask)
+        if other is not mask:
+            message = f"{mask}: {other.name} is a mask of the same image: remove one of them"
+            faults.append(Fault("two masks", mask, message))
     for image in images:
         if image.stem not in masks:
-            raise DataError(
-                f"{image}: no mask found, expected {truth / (image.stem + '_mask.png')}: add it, or remove the "
-                f"folder {truth.parent.name} of this class to measure image scores alone"
-            )
-        pairs.append(masks.pop(image.stem))
-    if masks:
-        orphan = masks[min(masks)]
-        raise DataError(
-            f"{orphan}: a mask without an image, expected test/{truth.name}/{min(masks)}.png: add it or remove the mask"
-        )
-    return pairs
+            expected = truth / f"{image.stem}_mask.png"
+            remedy = f"add it, or remove the folder {truth.parent.name} of this class to measure image scores alone"
+            faults.append(Fault("missing mask", image, f"{image}: no mask found, expected {expected}: {remedy}"))
+    for name in sorted(masks.keys() - {image.stem for image in images}):
+        orphan, place_of_image = masks[name], f"test/{truth.name}/{name}.png"
+        message = f"{orphan}: a mask without an image, expected {place_of_image}: add it or remove the mask"
+        faults.append(Fault("mask without image", orphan, message))
+    return masks, faults
 
 
 def draw(records: Sequence[ImageRecord], count: int, seed: int) -> list[ImageRecord]:
@@ -236,12 +280,7 @@ class InspectionDataset(Dataset[Any]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         record = self.records[index]
         image = read_image(record.path)
-        placement = place(image.height, image.width, self.preprocessing)
-        if placement.height * placement.width > MAX_RESIZED_PIXELS:
-            raise DataError(
-                f"{record.path}: {image.width} x {image.height} px is too long to be resized by its shorter side: "
-                "use --resize_mode letterbox or square"
-            )
+        placement = place_of_file(record.path, image.height, image.width, self.preprocessing)
         pixels = torch.from_numpy(crop_image(image, placement).copy())  # [H, W, 3]
         item = {"image": pixels.permute(2, 0, 1), "index": index}  # [3, H, W]
         if self.split is DatasetSplit.TEST and self.has_masks:
@@ -268,7 +307,7 @@ class InspectionDataset(Dataset[Any]):
             return np.zeros(size, dtype=np.uint8)
         mask = read_mask(mask_path)
         if mask.shape != size:
-            raise DataError(_size_mismatch(mask_path, mask.shape, self.records[index].path, size))
+            raise DataError(size_mismatch(mask_path, mask.shape, self.records[index].path, size))
         return mask
 
     def check_files(self, smallest_side_px: int = 1) -> None:
@@ -284,7 +323,7 @@ class InspectionDataset(Dataset[Any]):
         for record in progress(self.records, f"{self.category}: checking files"):
             size = upright_size(record.path)
             if record.mask_path is not None and (mask_size := upright_size(record.mask_path)) != size:
-                raise DataError(_size_mismatch(record.mask_path, mask_size, record.path, size))
+                raise DataError(size_mismatch(record.mask_path, mask_size, record.path, size))
             placement = place(*size, self.preprocessing)
             if min(placement.crop_height, placement.crop_width) < smallest_side_px:
                 raise DataError(
@@ -326,13 +365,6 @@ class InspectionDataset(Dataset[Any]):
             )
 
 
-def _size_mismatch(mask: Path, mask_size: tuple[int, ...], image: Path, size: tuple[int, int]) -> str:
-    return (
-        f"{mask}: mask of {mask_size[1]} x {mask_size[0]} px for an image of {size[1]} x {size[0]} px "
-        f"({image.name}): both must have the same size"
-    )
-
-
 def resolve_categories(config: DatasetConfig, published: Sequence[str], needs_training: bool = True) -> list[str]:
     """Check the data path and return the classes to process.
 
@@ -344,8 +376,20 @@ def resolve_categories(config: DatasetConfig, published: Sequence[str], needs_tr
     Raises:
         ConfigurationError: The path, a class, training images or test images are missing.
     """
+    wanted = choose_categories(config, published)
+    for category in wanted:
+        require_images(Path(config.path), category, needs_training)
+    return wanted
+
+
+def choose_categories(config: DatasetConfig, published: Sequence[str]) -> list[str]:
+    """Return the classes to process, whatever images they have.
+
+    Raises:
+        ConfigurationError: The path or a class is missing.
+    """
     root = Path(config.path)
-    try:
+    with _readable():
         if not root.is_dir():
             what = "is a file" if root.exists() else "does not exist"
             raise ConfigurationError(f"data path {config.path!r} {what}: expected the folder that holds the classes")
@@ -356,12 +400,16 @@ def resolve_categories(config: DatasetConfig, published: Sequence[str], needs_tr
         wanted = config.categories or tuple(sorted(found, key=lambda c: (order.get(c, len(order)), c)))
         for category in wanted:
             _require_category(root, category, found)
-            _require_images(root, category, needs_training)
-    except OSError as error:
-        raise ConfigurationError(
-            f"{error.filename!r} cannot be read ({error.strerror}): mend its permissions"
-        ) from error
     return list(wanted)
+
+
+@contextmanager
+def _readable() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        message = f"{error.filename!r} cannot be read ({error.strerror}): mend its permissions"
+        raise ConfigurationError(message) from error
 
 
 def _no_class(path: str) -> str:
@@ -372,24 +420,25 @@ def _no_class(path: str) -> str:
 
 def _require_category(root: Path, category: str, found: Sequence[str]) -> None:
     """Raise ConfigurationError unless there is a folder of the class; what it lacks is told later."""
-    if category not in found and category not in [p.name for p in _subfolders(root)]:
+    if category not in found and category not in [p.name for p in subfolders(root)]:
         near = difflib.get_close_matches(category, found, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ConfigurationError(f"class {category!r} not found in {str(root)!r}: found {', '.join(found)}{hint}")
 
 
-def _require_images(root: Path, category: str, needs_training: bool) -> None:
+def require_images(root: Path, category: str, needs_training: bool = True) -> None:
     """Raise ConfigurationError unless the class has test images and, where they are needed, training images."""
     train, test = root / category / "train", root / category / "test"
-    for folder in _subfolders(train) + _subfolders(test):
-        if folder.name != GOOD and folder.name.lower() == GOOD:  # it would count as a defect type
-            raise ConfigurationError(f"{str(folder)!r} holds normal images, expected the name {GOOD!r}: rename it")
-    if needs_training and not _has_image(train / GOOD):
-        expected = ", ".join(IMAGE_SUFFIXES)
-        raise ConfigurationError(f"no training images in {str(train / GOOD)!r}: expected {expected} files")
-    if not any(_has_image(p) for p in _subfolders(test)):
-        raise ConfigurationError(f"no test images in {str(test)!r}: expected folders <defect type>/ with images")
+    with _readable():
+        for folder in subfolders(train) + subfolders(test):
+            if folder.name != GOOD and folder.name.lower() == GOOD:  # it would count as a defect type
+                raise ConfigurationError(f"{str(folder)!r} holds normal images, expected the name {GOOD!r}: rename it")
+        if needs_training and not _has_image(train / GOOD):
+            expected = ", ".join(IMAGE_SUFFIXES)
+            raise ConfigurationError(f"no training images in {str(train / GOOD)!r}: expected {expected} files")
+        if not any(_has_image(p) for p in subfolders(test)):
+            raise ConfigurationError(f"no test images in {str(test)!r}: expected folders <defect type>/ with images")
 
 
 def _has_image(folder: Path) -> bool:
-    return folder.is_dir() and any(_is_image(p) for p in folder.iterdir())
+    return folder.is_dir() and any(is_image_file(p) for p in folder.iterdir())

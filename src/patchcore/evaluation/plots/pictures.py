@@ -80,7 +80,7 @@ def segmentation_picture(
     Returns:
         An RGB image; in the heat map the line encloses what lies above the pixel threshold.
     """
-    panels = [("image", _resized(image))]
+    panels = [("image", resized(image))]
     if mask is not None:
         panels.append(("ground truth", _truth_panel(image, mask)))
     panels.append(("heat map", _heat_panel(image, anomaly_map, scale)))
@@ -141,23 +141,23 @@ def _draw_caption(draw: ImageDraw.ImageDraw, caption: Caption, width: int) -> No
 
 def _truth_panel(image: np.ndarray, mask: np.ndarray) -> Image.Image:
     """Tint the defect and draw its outline."""
-    defect = _resized_flags(mask == 1)
-    base = np.asarray(_resized(image)).astype(np.float64)
+    defect = resized_flags(mask == 1)
+    base = np.asarray(resized(image)).astype(np.float64)
     base[defect] = 0.55 * base[defect] + 0.45 * np.array(DEFECT_OVERLAY)
-    base[_outline(defect)] = DEFECT_OVERLAY
+    base[outline(defect)] = DEFECT_OVERLAY
     return Image.fromarray(base.astype(np.uint8))
 
 
 def _heat_panel(image: np.ndarray, anomaly_map: np.ndarray, scale: HeatScale) -> Image.Image:
     """Lay the heat map over a faded gray image, opaque where it is hot."""
-    gray = np.asarray(_resized(image).convert("L")).astype(np.float64)[..., None]
-    values = np.asarray(_resized(anomaly_map.astype(np.float32)))  # [P, P]; fewer along a shorter side
+    gray = np.asarray(resized(image).convert("L")).astype(np.float64)[..., None]
+    values = np.asarray(resized(anomaly_map.astype(np.float32)))  # [P, P]; fewer along a shorter side
     levels = scale.levels(values)
     colours = _colour_table()[(levels * 255).astype(np.uint8)]  # [P, P, 3]
     opacity = 0.25 + 0.55 * levels[..., None]
     blended = (1 - opacity) * gray + opacity * colours
     if scale.threshold is not None:
-        blended[_outline(values > scale.threshold)] = CONTOUR
+        blended[outline(values > scale.threshold)] = CONTOUR
     return Image.fromarray(blended.astype(np.uint8))
 
 
@@ -180,19 +180,21 @@ def _draw_scale(canvas: Image.Image, draw: ImageDraw.ImageDraw, left: int, scale
         )
 
 
-def _resized(image: np.ndarray, resampling: Image.Resampling = Image.Resampling.BILINEAR) -> Image.Image:
-    """Scale an image or a map so that its longer side fills the panel."""
+def resized(
+    image: np.ndarray, resampling: Image.Resampling = Image.Resampling.BILINEAR, side_px: int = PANEL_PX
+) -> Image.Image:
+    """Scale an image or a map so that its longer side fills a panel."""
     height, width = image.shape[:2]
-    scale = PANEL_PX / max(height, width)
+    scale = side_px / max(height, width)
     return Image.fromarray(image).resize((max(1, round(scale * width)), max(1, round(scale * height))), resampling)
 
 
-def _resized_flags(flags: np.ndarray) -> np.ndarray:
+def resized_flags(flags: np.ndarray, side_px: int = PANEL_PX) -> np.ndarray:
     """Scale flags; a pixel of the panel is set if any of those that it stands for is: small defects must be seen."""
-    return np.asarray(_resized(flags.astype(np.float32), Image.Resampling.BOX)) > 0
+    return np.asarray(resized(flags.astype(np.float32), Image.Resampling.BOX, side_px)) > 0
 
 
-def _outline(flags: np.ndarray) -> np.ndarray:
+def outline(flags: np.ndarray) -> np.ndarray:
     """Return a two pixels wide line along the inner edge of the flagged area."""
     inner = flags.copy()
     for _ in range(2):
