@@ -26,7 +26,7 @@ WARMUP_SHARE = 0.3  # of the steps of one cycle; with the divisors below those o
 START_DIVISOR = 25.0  # the first learning rate of one cycle is lr / 25 ...
 END_DIVISOR = 1e4  # ... and the last one the first / 10^4
 WITHOUT_HELD_OUT = "early stopping watches held-out images, found none: hold some out, such as --train_val_split 0.8"
-CHECKED_IMAGES = 2  # whose loss shows after each epoch that its last step has not spoilt the weights
+CHECKED_IMAGES = 1  # whose loss shows after each epoch that its last step has not spoilt the weights
 FUSED_DEVICES = ("cpu", "cuda")  # where the optimiser takes its step in one pass over the weights
 DIVERGED_BY = 10.0  # an epoch whose mean loss lies so many times max(1, |first loss|) above the first has diverged
 
