@@ -99,8 +99,8 @@ def _require_same_ground_truth(row_name: str, runs: Sequence[ClassRun]) -> None:
         if wrong.any():
             path = first.images.paths[int(np.flatnonzero(wrong)[0])]
             raise ConfigurationError(
-                f"{str(first.run.folder)!r} and {str(run.run.folder)!r} disagree on label or mask of {int(wrong.sum())} "
-                f"test image(s) of {row_name}, such as {path}: name runs on one version of the data set"
+                f"{str(first.run.folder)!r} and {str(run.run.folder)!r} disagree on label or mask of "
+                f"{int(wrong.sum())} test image(s) of {row_name}, such as {path}: name runs on the same data"
             )
 
 

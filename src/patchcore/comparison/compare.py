@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,7 +136,11 @@ def make_comparison(folders: Sequence[Path], options: ComparisonOptions) -> Comp
     reduced = align_images(methods, options.intersect)
     measurements = [_measured(name, methods, reduced[name], options.image_metrics_only) for name in row_names(methods)]
     published = _published(measurements) if options.published else []
-    notes = [*incomplete, *_notes(methods, measurements, reduced, options, published)]
+    notes = [*incomplete, *_notes(methods, measurements, reduced, options)]
+    if options.published and not published:
+        notes.append("no published numbers of these classes are known")
+    for note in notes[len(incomplete) :]:
+        LOGGER.info("note: %s", note)
     summary = build_summary(methods, measurements, published, notes)
     return Comparison(summary, methods, _fewshot(methods), incomplete)
 
@@ -218,25 +222,39 @@ def _notes(
     measurements: Sequence[ClassMeasurement],
     reduced: Mapping[str, bool],
     options: ComparisonOptions,
-    published: Sequence[PublishedNumber],
 ) -> Iterator[str]:
-    for measurement in measurements:
-        missing = [m.label for m in methods if m.label not in {e.label for e in measurement.methods}]
-        if missing:
-            yield f"{measurement.row_name} is not finished for {', '.join(missing)}: the means are over other classes"
-        if reduced[measurement.row_name]:
-            yield f"{measurement.row_name}: all metrics are computed anew on the {len(measurement.labels)} test images that all runs have"
+    """Yield what a reader must know of blank cells and of what is compared."""
     if options.image_metrics_only:
         yield "pixel metrics are left out (--image_metrics_only)"
+    for measurement in measurements:
+        missing = [m.label for m in methods if measurement.row_name not in m.classes]
+        if missing:
+            yield f"{measurement.row_name} is not there for {', '.join(missing)}: the means are over other classes"
+        if reduced[measurement.row_name]:
+            count = len(measurement.labels)
+            yield f"{measurement.row_name}: all metrics are computed anew on the {count} test images that all runs have"
+    without_maps = _folders(folder for m in measurements for folder in m.without_maps)
+    if without_maps:
+        blank = "no interval of a pixel metric and no pixel metric by defect size"
+        yield f"without maps there is {blank}: run {without_maps} with --save_anomaly_scores"
+    without_sizes = _folders(folder for m in measurements for folder in m.without_sizes)
+    if without_sizes:
+        names = ", ".join(m.row_name for m in measurements if m.without_sizes)
+        yield (
+            f"{names}: no table by defect size, as no run recorded defect_px (no masks, or an older version): "
+            f"evaluate one of {without_sizes} again"
+        )
     places = {(run.environment.get("device"), run.environment.get("threads")) for m in methods for run in m.runs}
     if len(places) > 1:
         shown = ", ".join(sorted(f"{device} with {threads} thread(s)" for device, threads in places))
         yield f"the runs were made on different devices or threads ({shown}): their times and memory do not compare"
-    counts = {len(m.seeds) for m in methods}
+    counts = {len(runs) for m in methods for runs in m.classes.values()}
     if len(counts) > 1:
-        yield f"methods have between {min(counts)} and {max(counts)} seeds"
-    if options.published and not published:
-        yield "no published numbers of these classes are known"
+        yield f"the means are over {min(counts)} to {max(counts)} seeds"
+
+
+def _folders(folders: Iterable[Path]) -> str:
+    return ", ".join(dict.fromkeys(str(folder) for folder in folders))
 
 
 def _fewshot(methods: Sequence[Method]) -> list[FewShotPoint]:

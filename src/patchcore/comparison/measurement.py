@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from patchcore.comparison.alignment import class_runs
 from patchcore.comparison.methods import Method
-from patchcore.comparison.runs import ClassRun
-from patchcore.errors import ConfigurationError, DataError
+from patchcore.comparison.runs import ClassRun, ImageScores
+from patchcore.errors import ConfigurationError
 from patchcore.evaluation.defect_sizes import SizeQuartile, size_quartiles
 from patchcore.evaluation.metrics import image_metrics
 from patchcore.evaluation.paired import NUM_RESAMPLES, stratified_weights, weighted_image_metrics
@@ -25,8 +25,6 @@ from patchcore.evaluation.pixel_histograms import (
 )
 from patchcore.evaluation.summary import class_metrics, defect_metrics
 from patchcore.runtime import progress
-
-LOGGER = logging.getLogger(__name__)
 
 METRICS = {
     "instance_auroc": "image AUROC",
@@ -47,7 +45,6 @@ class MethodOnClass:
 
     Attributes:
         label: The method.
-        row_name: The class.
         seeds: Seed of each run.
         metrics: Per seed one value for each of METRICS; None is a blank cell.
         resampled: Per metric its mean over seeds on each resample, [R]; None where it could not be resampled.
@@ -57,7 +54,6 @@ class MethodOnClass:
     """
 
     label: str
-    row_name: str
     seeds: list[int | None] = field(default_factory=list)
     metrics: list[dict[str, float | None]] = field(default_factory=list)
     resampled: dict[str, np.ndarray | None] = field(default_factory=dict)
@@ -75,14 +71,16 @@ class ClassMeasurement:
         labels: bool [N], True for defective.
         methods: One entry per method that finished the class.
         quartiles: Of defect size; empty where sizes are not known.
-        notes: What a reader must know of blank cells.
+        without_maps: Run folders with pixel metrics, but without maps.
+        without_sizes: Run folders, if none of them says how large the defects are.
     """
 
     row_name: str
     labels: np.ndarray
     methods: list[MethodOnClass]
     quartiles: list[SizeQuartile]
-    notes: list[str]
+    without_maps: list[Path]
+    without_sizes: list[Path]
 
 
 def measure_class(row_name: str, methods: Sequence[Method], reduced: bool, image_only: bool) -> ClassMeasurement:
@@ -102,34 +100,71 @@ def measure_class(row_name: str, methods: Sequence[Method], reduced: bool, image
         DataError: A file of maps is damaged.
     """
     runs = list(class_runs(methods, row_name))
-    images = runs[0].images
+    labels = runs[0].images.labels
     rng = np.random.default_rng([BOOTSTRAP_SEED, zlib.crc32(row_name.encode("utf-8", "surrogateescape"))])
-    weights = stratified_weights(images.labels, NUM_RESAMPLES, rng)
+    weights = stratified_weights(labels, NUM_RESAMPLES, rng)
     defect_px = next((run.images.defect_px for run in runs if run.images.defect_px is not None), None)
-    quartiles = size_quartiles(defect_px, images.labels) if defect_px is not None and not image_only else []
-    measurement = ClassMeasurement(row_name, images.labels, [], quartiles, [])
-    if defect_px is None and not image_only:
-        measurement.notes.append(
-            f"{row_name} has no table by defect size: no run recorded the defect pixels of its images (no ground "
-            "truth, or runs of an older version: evaluate one again)"
-        )
-    masks = _Masks(row_name)
-    without_maps: list[ClassRun] = []
-    for method in methods:
-        if row_name not in method.classes:
-            continue
-        entry = MethodOnClass(method.label, row_name)
+    quartiles = size_quartiles(defect_px, labels) if defect_px is not None and not image_only else []
+    meter = _Meter(_Masks(row_name), weights, quartiles, reduced, image_only)
+    entries = [
+        meter.measure(method.label, method.classes[row_name]) for method in methods if row_name in method.classes
+    ]
+    without_sizes = [] if image_only or defect_px is not None else [run.run.folder for run in runs]
+    return ClassMeasurement(row_name, labels, entries, quartiles, meter.without_maps, without_sizes)
+
+
+@dataclass
+class _Meter:
+    """What the measurement of every method on a class has in common.
+
+    Attributes:
+        masks: The masks of the class.
+        weights: float32 [R, N], the resamples of its test images.
+        quartiles: Its defective images by size.
+        reduced: Whether images were left out, so that the metrics are computed anew.
+        image_only: Leave pixel metrics blank.
+        without_maps: Run folders met that have pixel metrics, but no maps.
+    """
+
+    masks: _Masks
+    weights: np.ndarray
+    quartiles: Sequence[SizeQuartile]
+    reduced: bool
+    image_only: bool
+    without_maps: list[Path] = field(default_factory=list)
+
+    def measure(self, label: str, runs: Sequence[ClassRun]) -> MethodOnClass:
+        """Return the numbers of one method, given its runs of the class."""
+        entry = MethodOnClass(label)
         samples: dict[str, list[np.ndarray | None]] = {metric: [] for metric in METRICS}
-        for run in progress(method.classes[row_name], f"{row_name}: {method.label}"):
-            maps = None if image_only else masks.checked_maps(run)
-            if maps is None and not image_only and _has_pixel_metrics(run):
-                without_maps.append(run)
-            _enter_run(entry, samples, run, maps, masks, weights, quartiles, reduced, image_only)
+        for run in progress(runs, f"{self.masks.row_name}: {label}"):
+            maps = None if self.image_only else self.masks.checked_maps(run)
+            if maps is None and not self.image_only and run.result.metrics["full_pixel_auroc"] is not None:
+                self.without_maps.append(run.run.folder)
+            histograms = None
+            if maps is not None and self.masks.masks is not None:
+                histograms = pixel_histograms(maps, self.masks.masks, self.masks.regions)
+            metrics, by_defect = self._metrics(run, maps)
+            entry.seeds.append(run.seed)
+            entry.metrics.append({metric: metrics[metric] for metric in METRICS})
+            entry.by_defect.append(by_defect)
+            entry.by_size.append(_by_size(run, self.quartiles, histograms))
+            entry.timings.append(run.result.timings)
+            resampled = weighted_image_metrics(run.images.scores, run.images.labels, self.weights)
+            resampled |= weighted_pixel_metrics(histograms, self.weights) if histograms is not None else {}
+            for metric in METRICS:
+                samples[metric].append(resampled.get(metric))
         entry.resampled = {metric: _mean_over_seeds(values) for metric, values in samples.items()}
-        measurement.methods.append(entry)
-    if without_maps:
-        measurement.notes.append(_maps_note(row_name, without_maps, reduced))
-    return measurement
+        return entry
+
+    def _metrics(self, run: ClassRun, maps: np.ndarray | None) -> tuple[dict[str, float | None], list[dict[str, Any]]]:
+        """Return the metrics of a run and those of its defect types: the stored ones, or anew on fewer images."""
+        if self.reduced:
+            metrics, rows = _new_metrics(run.images, maps, None if maps is None else self.masks.masks)
+        else:
+            metrics, rows = dict(run.result.metrics), [dict(row) for row in run.result.by_defect]
+        blank: dict[str, Any] = dict.fromkeys(PIXEL_METRICS) if self.image_only else {}
+        return metrics | blank, [row | blank for row in rows]
 
 
 class _Masks:
@@ -157,51 +192,13 @@ class _Masks:
         return maps
 
 
-def _enter_run(
-    entry: MethodOnClass,
-    samples: dict[str, list[np.ndarray | None]],
-    run: ClassRun,
-    maps: np.ndarray | None,
-    masks: _Masks,
-    weights: np.ndarray,
-    quartiles: Sequence[SizeQuartile],
-    reduced: bool,
-    image_only: bool,
-) -> None:
-    """Add one seed to the numbers of a method."""
-    histograms = None
-    if maps is not None and masks.masks is not None:
-        histograms = pixel_histograms(maps, masks.masks, masks.regions)
-    metrics, by_defect = _metrics(run, maps, masks.masks, reduced)
-    if image_only:
-        metrics |= dict.fromkeys(PIXEL_METRICS)
-        by_defect = [row | dict.fromkeys(set(PIXEL_METRICS) & row.keys()) for row in by_defect]
-    entry.seeds.append(run.seed)
-    entry.metrics.append({metric: metrics[metric] for metric in METRICS})
-    entry.by_defect.append(by_defect)
-    entry.by_size.append(_by_size(run, quartiles, histograms))
-    entry.timings.append(run.result.timings)
-    resampled = weighted_image_metrics(run.images.scores, run.images.labels, weights)
-    resampled |= weighted_pixel_metrics(histograms, weights) if histograms is not None else {}
-    for metric in METRICS:
-        samples[metric].append(resampled.get(metric))
-
-
-def _metrics(
-    run: ClassRun, maps: np.ndarray | None, masks: np.ndarray | None, reduced: bool
+def _new_metrics(
+    images: ImageScores, maps: np.ndarray | None, masks: np.ndarray | None
 ) -> tuple[dict[str, float | None], list[dict[str, Any]]]:
-    """Return the metrics of a run and those of its defect types: the stored ones, or anew on fewer images."""
-    if not reduced:
-        rows = [
-            {name: row[name] for name in ("defect_type", "num_images", *DEFECT_METRICS)} for row in run.result.by_defect
-        ]
-        return dict(run.result.metrics), rows
-    images, maps = run.images, None if masks is None else maps
-    # A threshold that gives the decisions of the run: they are stored, the threshold is not.
-    scores, types = images.scores, [str(t) for t in images.defect_types]
-    metrics = class_metrics(scores, images.labels, maps, masks, None)
-    rows = defect_metrics(scores, types, maps, masks, None, GOOD)
-    for row in rows:
+    """Compute the metrics of some images and those of their defect types."""
+    metrics = class_metrics(images.scores, images.labels, maps, masks, None)
+    rows = defect_metrics(images.scores, [str(t) for t in images.defect_types], maps, masks, None, GOOD)
+    for row in rows:  # the decisions are stored, the threshold is not
         chosen = images.defect_types == row["defect_type"]
         row["recall"] = None if images.decisions is None else float(images.decisions[chosen].mean())
     return metrics, rows
@@ -227,19 +224,6 @@ def _by_size(
     return rows
 
 
-def _has_pixel_metrics(run: ClassRun) -> bool:
-    return run.result.metrics["full_pixel_auroc"] is not None
-
-
 def _mean_over_seeds(values: Sequence[np.ndarray | None]) -> np.ndarray | None:
     known = [v for v in values if v is not None]
     return np.mean(known, axis=0) if known and len(known) == len(values) else None
-
-
-def _maps_note(row_name: str, runs: Sequence[ClassRun], reduced: bool) -> str:
-    blank = "pixel cells" if reduced else "pixel intervals and pixel cells by defect size"
-    folders = ", ".join(dict.fromkeys(str(run.run.folder) for run in runs))
-    return f"{row_name}: {blank} are blank without maps: run {folders} with --save_anomaly_scores"
-
-
-__all__ = ["METRICS", "PIXEL_METRICS", "ClassMeasurement", "DataError", "MethodOnClass", "measure_class"]

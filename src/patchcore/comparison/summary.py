@@ -14,7 +14,6 @@ from patchcore.comparison.measurement import (
     BOOTSTRAP_SEED,
     DEFECT_METRICS,
     METRICS,
-    PIXEL_METRICS,
     ClassMeasurement,
     MethodOnClass,
 )
@@ -59,7 +58,7 @@ def build_summary(
         "by_defect": [row for m in measurements for row in _by_defect(m)],
         "by_size": [row for m in measurements for row in _by_size(m)],
         "published": [vars(number) for number in published],
-        "notes": [*notes, *(note for m in measurements for note in m.notes)],
+        "notes": list(notes),
     }
 
 
@@ -243,6 +242,3 @@ def _median(values: Sequence[float | None]) -> float | None:
 def _text(name: str) -> str:
     """Return a name as text that JSON readers of any language take; bytes that are no UTF-8 are escaped."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-
-
-__all__ = ["FORMAT", "PIXEL_METRICS", "VERSION", "build_summary"]

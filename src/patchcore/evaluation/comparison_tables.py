@@ -145,7 +145,7 @@ def _result_cell(row: Row | None) -> str:
         text = f"**{value}**{TIE_MARK if row['status'] == TIED else mark}"
     if row["interval"]:
         low, high = row["interval"]
-        text += f"<br>(−{row['difference']:.3f} [{low:.3f}, {high:.3f}])"
+        text += f"<br>({row['difference']:.3f} below [{low:.3f}, {high:.3f}])"
     return text
 
 
@@ -153,7 +153,7 @@ def _legend(summary: Mapping[str, Any]) -> str:
     bootstrap = summary["bootstrap"]
     share = f"{100 * bootstrap['confidence']:.0f} %"
     return (
-        f"Mean ± standard deviation over seeds. In parentheses: how far a method is below the highest one, with the "
+        f"Mean ± standard deviation over seeds. In parentheses: how far a method lies below the highest one, with the "
         f"{share} interval of that difference over {bootstrap['resamples']} paired resamples of the test images (good "
         "and defective apart; not corrected for the number of comparisons). **Bold**: the highest one if the interval "
         f"of every other one excludes 0. **Bold**{TIE_MARK}: tied, the interval of the difference holds 0: these "

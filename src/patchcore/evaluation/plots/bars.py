@@ -13,8 +13,10 @@ from patchcore.evaluation.plots.style import HATCHES, LINE_MARKERS, drawn, new_f
 Row = Mapping[str, Any]
 
 GROUP_SHARE = 0.84  # of the distance between two classes, the rest is a gap
-MAX_LABELLED = 16  # bars in a panel, beyond which their values would overlap
-CHANCE = 0.5  # where the axis begins unless a value lies below
+MARK_SLOTS = 0.6  # room of a published number, in bars
+MAX_LABELLED = 40  # bars in a panel, beyond which their values would overlap
+HEADROOM = 0.27  # above 1, for the values over the bars
+LOWEST = 0.5  # where the axis begins unless a value lies below
 
 
 def performance_picture(summary: Mapping[str, Any]) -> Image.Image:
@@ -32,8 +34,8 @@ def performance_picture(summary: Mapping[str, Any]) -> Image.Image:
     labels = [method["label"] for method in summary["methods"]]
     published = [row for row in summary["published"] if row["metric"] in metrics and row["row_name"] in names]
     sources = list(dict.fromkeys(row["method"] for row in published))
-    width = float(np.clip(1.6 + 0.17 * len(names) * (len(labels) + len(sources)), 7.0, 17.0))
-    num_columns = max(1, min(3, int(width / 2.6)))
+    width = float(np.clip(1.6 + 0.17 * len(names) * (len(labels) + MARK_SLOTS * len(sources)), 7.0, 17.0))
+    num_columns = max(1, int(width / (5.5 if sources else 2.8)))
     legend_rows = -(-(len(labels) + len(sources)) // num_columns)
     figure, canvas = new_figure(width, 2.1 * len(metrics) + 0.75 + 0.23 * legend_rows)
     panels = figure.subplots(len(metrics), 1, squeeze=False, sharex=True)[:, 0]
@@ -44,11 +46,15 @@ def performance_picture(summary: Mapping[str, Any]) -> Image.Image:
         _draw_bars(panel, own, names, labels, len(sources), handles)
         _draw_published(panel, others, names, sources, len(labels), handles)
         _finish(panel, summary["metrics"][metric], [row["mean"] for row in own] + [row["value"] for row in others])
+    for panel in panels:
+        for place in range(1, len(names)):
+            panel.axvline(place - 0.5, color="0.85", linewidth=0.8)
+    panels[-1].set_xlim(-0.5, len(names) - 0.5)
     panels[-1].set_xticks(range(len(names)), [plain(name, 150) for name in names], **_tilt(len(names), width))
     order = [name for name in [*labels, *(_published_name(s) for s in sources)] if name in handles]
     figure.legend(
         [handles[name] for name in order],
-        [plain(name, 480) for name in order],
+        [plain(name, 620) for name in order],
         title=_bars_text(rows),
         loc="outside lower center",
         ncols=num_columns,
@@ -67,7 +73,7 @@ def _draw_bars(
     num_sources: int,
     handles: dict[str, Any],
 ) -> None:
-    slot = GROUP_SHARE / (len(labels) + num_sources)
+    slot = GROUP_SHARE / (len(labels) + MARK_SLOTS * num_sources)
     for number, label in enumerate(labels):
         own = [row for row in rows if row["method"] == label]
         if not own:
@@ -95,7 +101,13 @@ def _draw_bars(
             for place, row in zip(places, own, strict=True):
                 top = min(1.0, row["mean"] + (row["std"] or 0.0))
                 panel.annotate(
-                    f"{row['mean']:.3f}", (place, top), (0, 2), textcoords="offset points", ha="center", fontsize=7.5
+                    f"{row['mean']:.3f}",
+                    (place, top),
+                    (0, 3),
+                    textcoords="offset points",
+                    ha="center",
+                    fontsize=7,
+                    rotation=90,
                 )
 
 
@@ -107,12 +119,15 @@ def _draw_published(
     num_methods: int,
     handles: dict[str, Any],
 ) -> None:
-    slot = GROUP_SHARE / (num_methods + len(sources))
+    slot = GROUP_SHARE / (num_methods + MARK_SLOTS * len(sources))
     for number, source in enumerate(sources):
         own = [row for row in rows if row["method"] == source]
         if not own:
             continue
-        places = [names.index(row["row_name"]) - GROUP_SHARE / 2 + (num_methods + number + 0.5) * slot for row in own]
+        places = [
+            names.index(row["row_name"]) - GROUP_SHARE / 2 + (num_methods + MARK_SLOTS * (number + 0.5)) * slot
+            for row in own
+        ]
         (handles[_published_name(source)],) = panel.plot(
             places,
             [row["value"] for row in own],
@@ -129,9 +144,9 @@ def _published_name(source: str) -> str:
 
 
 def _finish(panel: Any, title: str, values: Sequence[float]) -> None:
-    low = min(CHANCE, np.floor(10 * min(values)) / 10)
-    panel.set_ylim(low, 1.0 + 0.13 * (1.0 - low))
-    panel.set_yticks(np.linspace(low, 1.0, 6))
+    low = min(LOWEST, np.floor(5 * min(values)) / 5)
+    panel.set_ylim(low, 1.0 + HEADROOM * (1.0 - low))
+    panel.set_yticks(np.arange(1.0, low - 0.01, -0.1 if low > 0.3 else -0.2))
     panel.yaxis.set_major_formatter("{x:.2f}")
     panel.set_ylabel(title)
     panel.tick_params(axis="x", length=0)
@@ -146,7 +161,7 @@ def _tilt(num_names: int, width: float) -> dict[str, Any]:
 
 
 def _bars_text(rows: Sequence[Row]) -> str:
-    axis = "axes begin at 0.5 (chance) or below the lowest value"
+    axis = "axes begin at 0.5, or lower where a value does"
     if all(row["std"] is None for row in rows):
         return f"one seed each; {axis}"
     return f"error bars: standard deviation over seeds; {axis}"

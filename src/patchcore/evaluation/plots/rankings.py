@@ -14,6 +14,7 @@ from patchcore.evaluation.plots.style import DASHES, LINE_MARKERS, drawn, new_fi
 NUM_COLUMNS = 4
 THRESHOLD = 0.5  # of normalised scores
 MAX_DOTS = 400  # per method and kind of image
+NUDGE = 1e-9  # far less than one good image's share
 STRIP = 0.16  # distance of the strips of good and defective images from a method's line
 
 
@@ -75,6 +76,8 @@ def distribution_picture(classes: Sequence[ScoredClass]) -> Image.Image:
         handles = _draw_strips(panel, scored)
     for position, panel in enumerate(panels):
         panel.set_visible(position < len(classes))
+        if position + num_columns >= len(classes):
+            panel.set_xlabel("image score, threshold at 0.5", fontsize=9)
         if position % num_columns:
             panel.tick_params(labelleft=panel.get_visible() and not _same_methods(classes, position, num_columns))
     figure.legend(
@@ -84,7 +87,6 @@ def distribution_picture(classes: Sequence[ScoredClass]) -> Image.Image:
         ncols=4,
         frameon=False,
     )
-    figure.supxlabel("image score, normalised so that the threshold is 0.5", fontsize=10)
     return drawn(canvas)
 
 
@@ -117,8 +119,9 @@ def _curves_picture(classes: Sequence[ScoredClass], curve: Curve, axes: tuple[st
         panel.set_visible(False)
     for panel in panels[max(0, len(classes) - num_columns) : len(classes)]:
         panel.tick_params(labelbottom=True)
-    figure.supxlabel(axes[0], fontsize=10)
-    figure.supylabel(axes[1], fontsize=10)
+        panel.set_xlabel(axes[0])
+    for panel in panels[::num_columns]:
+        panel.set_ylabel(axes[1])
     shown = [label for label in labels if label in handles]
     figure.legend(
         [handles[label] for label in shown],
@@ -146,18 +149,19 @@ def _draw_line(panel: Any, points: tuple[np.ndarray, np.ndarray], number: int) -
 
 
 def _mean_roc(method: ScoredMethod, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-    """Return false-positive rates [G + 1] and mean true-positive rates, with ties drawn as straight lines."""
+    """Return false-positive rates and mean true-positive rates before and after each step, [2G + 2] each."""
     if labels.all() or not labels.any():
         return None
     num_good = int(np.count_nonzero(~labels))
-    rates = np.linspace(0, 1, 10 * num_good + 1)  # finer than the steps, which fall between two of them
+    rates = np.arange(num_good + 1) / num_good
     curves = []
     for scores in method.scores:
         flagged, hits = _counts(scores, labels)
-        x = np.append(0, flagged - hits) / num_good
-        y = np.append(0, hits) / hits[-1]
-        curves.append(np.interp(rates, x, y))
-    return np.append(0, rates), np.append(0, np.mean(curves, axis=0))
+        x, y = np.append(0, flagged - hits) / num_good, np.append(0, hits) / hits[-1]
+        both_sides = [np.interp(rates + shift, x, y) for shift in (-NUDGE, NUDGE)]  # of the steps, which lie there
+        both_sides[0][0] = 0.0
+        curves.append(np.stack(both_sides, axis=1).ravel())
+    return np.repeat(rates, 2), np.mean(curves, axis=0)
 
 
 def _mean_precision(method: ScoredMethod, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
