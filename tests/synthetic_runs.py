@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,7 @@ def write_run(
             continue
         paths, types, masks = ground_truth(category, num_good, num_per_type)
         kept = [i for i, path in enumerate(paths) if path not in leave_out]
-        rng = np.random.default_rng([seed, *name.encode(), *category.encode()])
+        rng = np.random.default_rng([seed, *os.fsencode(name), *os.fsencode(category)])
         labels = np.array(types) != "good"
         scores = (rng.normal(0, 1, len(paths)) + quality * labels).astype(np.float32)[kept]
         all_maps = (rng.normal(0, 1, masks.shape) + quality * masks).astype(np.float32)[kept]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,13 +79,13 @@ class Comparison:
     Attributes:
         summary: What summary.json holds, without the list of files.
         methods: The methods with their aligned runs.
-        fewshot: Points of the few-shot curve; empty where runs do not differ in --limit_train.
+        fewshot: Points of each group of methods that differ in --limit_train alone.
         incomplete: What is left out, one sentence each.
     """
 
     summary: dict[str, Any]
     methods: list[Method]
-    fewshot: list[FewShotPoint]
+    fewshot: dict[str, list[FewShotPoint]]
     incomplete: list[str]
 
 
@@ -142,7 +142,9 @@ def make_comparison(folders: Sequence[Path], options: ComparisonOptions) -> Comp
     for note in notes[len(incomplete) :]:
         LOGGER.info("note: %s", note)
     summary = build_summary(methods, measurements, published, notes)
-    return Comparison(summary, methods, _fewshot(methods), incomplete)
+    fewshot = _fewshot(methods)
+    summary["fewshot"] = list(_fewshot_rows(fewshot))
+    return Comparison(summary, methods, fewshot, incomplete)
 
 
 def write_comparison(comparison: Comparison, out: Path) -> None:
@@ -190,16 +192,16 @@ def _contents(comparison: Comparison) -> Iterator[tuple[str, Any]]:
     for name, part in TABLES.items():
         if summary[part]:
             yield name, plain_rows(summary[part])
-    yield "performance_bars.png", png_bytes(performance_picture(summary))
     classes = scored_classes(comparison.methods)
     yield "roc_curves.png", png_bytes(roc_picture(classes))
     yield "pr_curves.png", png_bytes(precision_recall_picture(classes))
     yield "score_distributions.png", png_bytes(distribution_picture(classes))
-    pareto = pareto_picture(summary)
-    if pareto is not None:
-        yield "pareto.png", png_bytes(pareto)
+    for name, picture in (("performance_bars.png", performance_picture), ("pareto.png", pareto_picture)):
+        image = picture(summary)
+        if image is not None:
+            yield name, png_bytes(image)
     if comparison.fewshot:
-        yield FEWSHOT_FILE, png_bytes(fewshot_picture(comparison.fewshot, MEAN_ROW))
+        yield FEWSHOT_FILE, png_bytes(fewshot_picture(_curve_points(comparison.fewshot), MEAN_ROW))
 
 
 def _files_of_earlier(out: Path) -> set[str]:
@@ -257,22 +259,35 @@ def _folders(folders: Iterable[Path]) -> str:
     return ", ".join(dict.fromkeys(str(folder) for folder in folders))
 
 
-def _fewshot(methods: Sequence[Method]) -> list[FewShotPoint]:
-    """Return the points of the few-shot curve: a line per class, or per method where there are several."""
+def _fewshot(methods: Sequence[Method]) -> dict[str, list[FewShotPoint]]:
+    """Return the points of each group of methods that differ in --limit_train alone, by its label."""
     families: dict[str, list[Method]] = {}
     for method in methods:
         families.setdefault(fewshot_family(method), []).append(method)
     varied = [family for family in families.values() if len({m.limit_train for m in family}) > 1]
-    if not varied:
-        return []
-    by_family = [(fewshot_label(family[0]), _observations(family)) for family in varied]
-    if len(varied) == 1:
-        return fewshot_points(by_family[0][1], MEAN_ROW)
+    labels = [fewshot_label(family[0]) for family in varied]
+    if len(set(labels)) < len(labels):
+        labels = [f"{label} #{number}" for number, label in enumerate(labels, start=1)]
+    return {
+        label: fewshot_points(_observations(family), MEAN_ROW) for label, family in zip(labels, varied, strict=True)
+    }
+
+
+def _fewshot_rows(fewshot: Mapping[str, Sequence[FewShotPoint]]) -> Iterator[dict[str, Any]]:
+    for label, points in fewshot.items():
+        for p in points:
+            counts = {"limit_train": p.limit, "num_images": p.num_images, "num_seeds": p.num_seeds}
+            yield {"method": label, "class": p.row_name, **counts, **p.means}
+
+
+def _curve_points(fewshot: Mapping[str, Sequence[FewShotPoint]]) -> list[FewShotPoint]:
+    """Return what the curve shows: a line per class, or per method, over its classes, where there are several."""
+    if len(fewshot) == 1:
+        return list(next(iter(fewshot.values())))
     points: list[FewShotPoint] = []
-    for label, observations in by_family:
-        found = fewshot_points(observations, MEAN_ROW)
-        chosen = [p for p in found if p.row_name == MEAN_ROW] or found
-        points += [FewShotPoint(label, p.limit, p.num_images, p.num_seeds, p.means, p.stds) for p in chosen]
+    for label, own in fewshot.items():
+        means = [p for p in own if p.row_name == MEAN_ROW] or own
+        points += [replace(p, row_name=label) for p in means]
     return points
 
 

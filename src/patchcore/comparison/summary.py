@@ -116,7 +116,8 @@ def _mean_results(methods: Sequence[Method], measurements: Sequence[ClassMeasure
             known = [sample for sample in samples if sample is not None]
             resampled[label] = np.mean(known, axis=0) if len(known) == len(samples) else None
         for row in _result_rows(MEAN_ROW, metric, values, resampled):
-            yield row | {"classes": [_text(name) for name in common]}
+            row["classes"] = [_text(name) for name in common]
+            yield row
 
 
 def _has(entry: MethodOnClass | None, metric: str) -> bool:

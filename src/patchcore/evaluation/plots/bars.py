@@ -19,16 +19,18 @@ HEADROOM = 0.27  # above 1, for the values over the bars
 LOWEST = 0.5  # where the axis begins unless a value lies below
 
 
-def performance_picture(summary: Mapping[str, Any]) -> Image.Image:
+def performance_picture(summary: Mapping[str, Any]) -> Image.Image | None:
     """Draw a panel per metric with a group of bars per class; published numbers are hollow marks.
 
     Args:
         summary: The comparison; its rows of `results`, and of `published` that are of one of its metrics.
 
     Returns:
-        An RGB image; error bars span one standard deviation over seeds to either side.
+        An RGB image; error bars span one standard deviation over seeds to either side. None without any value.
     """
     rows = [row for row in summary["results"] if row["mean"] is not None]
+    if not rows:
+        return None
     metrics = [metric for metric in summary["metrics"] if any(row["metric"] == metric for row in rows)]
     names = list(dict.fromkeys(row["class"] for row in rows))
     labels = [method["label"] for method in summary["methods"]]
