@@ -123,6 +123,17 @@ def test_two_methods_on_two_classes_with_two_seeds(tmp_path: Path, drawn: None) 
             assert picture.width > 700 and np.asarray(picture).std() > 0
 
 
+def test_tables_over_seeds_beside_the_folders_are_passed_over(tmp_path: Path) -> None:
+    project = tmp_path / "project"
+    folders = [write_run(project, f"PC_S{seed}", seed=seed) for seed in (0, 1)]
+    for name in ("PC_seeds.csv", "PC_seeds_0.csv"):
+        (project / name).touch()
+    assert run_comparison(tmp_path, *project.iterdir()).code == 0
+    assert [len(m["folders"]) for m in summary_of(tmp_path)["methods"]] == [len(folders)]
+    assert "only tables over seeds" in run_comparison(tmp_path, project / "PC_seeds.csv").err
+    assert "it is a file" in run_comparison(tmp_path, folders[0] / "config.json").err
+
+
 def test_the_same_folders_in_another_order_give_the_same_numbers(tmp_path: Path) -> None:
     folders = write_grid(tmp_path)
     first = results(compared(*folders), "full_pro")

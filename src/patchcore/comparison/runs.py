@@ -6,6 +6,7 @@ import csv
 import json
 import logging
 import math
+import re
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -128,9 +129,14 @@ class ClassRun:
 def read_runs(folders: Sequence[Path]) -> list[Run]:
     """Read the configurations of run folders.
 
+    Tables over seeds, which lie beside run folders and which `project/*` names as well, are passed over.
+
     Raises:
         ConfigurationError: A folder holds no run, or is given twice.
     """
+    folders = [f for f in folders if not (re.search(r"_seeds(_\d+)?\.csv$", f.name) and f.is_file())]
+    if not folders:
+        raise ConfigurationError("only tables over seeds are named, expected run folders")
     seen: dict[Path, Path] = {}
     for folder in folders:
         resolved = folder.resolve()

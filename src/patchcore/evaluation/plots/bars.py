@@ -13,6 +13,7 @@ from patchcore.evaluation.plots.style import HATCHES, LINE_MARKERS, drawn, new_f
 Row = Mapping[str, Any]
 
 GROUP_SHARE = 0.84  # of the distance between two classes, the rest is a gap
+WIDEST_SLOT = 0.15
 MARK_SLOTS = 0.6  # room of a published number, in bars
 MAX_LABELLED = 40  # bars in a panel, beyond which their values would overlap
 HEADROOM = 0.27  # above 1, for the values over the bars
@@ -75,12 +76,12 @@ def _draw_bars(
     num_sources: int,
     handles: dict[str, Any],
 ) -> None:
-    slot = GROUP_SHARE / (len(labels) + MARK_SLOTS * num_sources)
+    slot, left = _slots(len(labels), num_sources)
     for number, label in enumerate(labels):
         own = [row for row in rows if row["method"] == label]
         if not own:
             continue
-        places = [names.index(row["class"]) - GROUP_SHARE / 2 + (number + 0.5) * slot for row in own]
+        places = [names.index(row["class"]) + left + (number + 0.5) * slot for row in own]
         means = np.array([row["mean"] for row in own])
         stds = np.array([row["std"] or 0.0 for row in own])
         handles[label] = panel.bar(
@@ -121,14 +122,13 @@ def _draw_published(
     num_methods: int,
     handles: dict[str, Any],
 ) -> None:
-    slot = GROUP_SHARE / (num_methods + MARK_SLOTS * len(sources))
+    slot, left = _slots(num_methods, len(sources))
     for number, source in enumerate(sources):
         own = [row for row in rows if row["method"] == source]
         if not own:
             continue
         places = [
-            names.index(row["row_name"]) - GROUP_SHARE / 2 + (num_methods + MARK_SLOTS * (number + 0.5)) * slot
-            for row in own
+            names.index(row["row_name"]) + left + (num_methods + MARK_SLOTS * (number + 0.5)) * slot for row in own
         ]
         (handles[_published_name(source)],) = panel.plot(
             places,
@@ -141,12 +141,19 @@ def _draw_published(
         )
 
 
+def _slots(num_methods: int, num_sources: int) -> tuple[float, float]:
+    """Return the width of a bar's place, and where the first one begins left of the centre of a class."""
+    num_slots = num_methods + MARK_SLOTS * num_sources
+    slot = min(GROUP_SHARE / num_slots, WIDEST_SLOT)
+    return slot, -slot * num_slots / 2
+
+
 def _published_name(source: str) -> str:
     return f"published: {source}"
 
 
 def _finish(panel: Any, title: str, values: Sequence[float]) -> None:
-    low = min(LOWEST, np.floor(5 * min(values)) / 5)
+    low = LOWEST if min(values) > LOWEST else np.floor(5 * min(values)) / 5
     panel.set_ylim(low, 1.0 + HEADROOM * (1.0 - low))
     panel.set_yticks(np.arange(1.0, low - 0.01, -0.1 if low > 0.3 else -0.2))
     panel.yaxis.set_major_formatter("{x:.2f}")

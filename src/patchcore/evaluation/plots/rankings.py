@@ -82,7 +82,7 @@ def distribution_picture(classes: Sequence[ScoredClass]) -> Image.Image:
             panel.tick_params(labelleft=panel.get_visible() and not _same_methods(classes, position, num_columns))
     figure.legend(
         handles,
-        ["good images", "defective images", "median", "threshold"],
+        ["good images", "defective images", "median", "threshold"][: len(handles)],
         loc="outside lower center",
         ncols=4,
         frameon=False,
@@ -190,6 +190,7 @@ def _draw_strips(panel: Any, scored: ScoredClass) -> list[Any]:
     """Draw two strips of dots per method, good above defective; returns what the legend explains."""
     rng = np.random.default_rng(0)  # of the jitter
     handles: list[Any] = []
+    thresholds: list[Any] = []
     for place, method in enumerate(scored.methods):
         colour = series_colour(method.number)
         values = method.normalized if method.normalized is not None else [_stretched(s) for s in method.scores]
@@ -203,16 +204,18 @@ def _draw_strips(panel: Any, scored: ScoredClass) -> list[Any]:
             )
             (median,) = panel.plot([middle] * 2, [place + offset - 0.15, place + offset + 0.15], "k-", linewidth=1.6)
             handles.append(drawn_dots)
-        if method.normalized is None:
-            panel.text(1.0, place - 0.5, "no threshold: raw scores", ha="right", va="top", fontsize=7)
-    threshold = panel.axvline(THRESHOLD, color="black", linestyle="--", linewidth=1)
+        if method.normalized is not None:
+            (threshold,) = panel.plot([THRESHOLD] * 2, [place - 0.5, place + 0.5], "k--", linewidth=1)
+            thresholds = [threshold]
+        else:
+            panel.text(1.0, place - 0.5, "no threshold: raw scores, stretched", ha="right", va="top", fontsize=7)
     panel.set_ylim(len(scored.methods) - 0.5, -0.5)
     panel.set_yticks(range(len(scored.methods)), [plain(m.label, 190) for m in scored.methods])
     panel.set_xlim(-0.02, 1.02)
     panel.set_title(plain(scored.name, 260), fontsize=10)
     panel.grid(axis="x", color="0.9")
     panel.spines[["top", "right"]].set_visible(False)
-    return [*handles[:2], median, threshold]
+    return [*handles[:2], median, *thresholds]
 
 
 def _same_methods(classes: Sequence[ScoredClass], position: int, num_columns: int) -> bool:
