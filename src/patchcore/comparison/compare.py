@@ -37,6 +37,7 @@ from patchcore.storage.run_folder import MEAN_ROW
 
 LOGGER = logging.getLogger(__name__)
 
+NAMED_FOLDERS = 6  # in a note
 SUMMARY_FILE = "summary.json"
 TABLES = {
     "comparison_speed.csv": "speed",
@@ -244,7 +245,7 @@ def _notes(
         names = ", ".join(m.row_name for m in measurements if m.without_sizes)
         yield (
             f"{names}: no table by defect size, as no run recorded defect_px (no masks, or an older version): "
-            f"evaluate one of {without_sizes} again"
+            f"evaluate one again, of {without_sizes}"
         )
     places = {(run.environment.get("device"), run.environment.get("threads")) for m in methods for run in m.runs}
     if len(places) > 1:
@@ -256,7 +257,10 @@ def _notes(
 
 
 def _folders(folders: Iterable[Path]) -> str:
-    return ", ".join(dict.fromkeys(str(folder) for folder in folders))
+    """Name some of the folders, each once, and say how many more there are."""
+    names = list(dict.fromkeys(str(folder) for folder in folders))
+    more = f" and {len(names) - NAMED_FOLDERS} more" if len(names) > NAMED_FOLDERS else ""
+    return ", ".join(names[:NAMED_FOLDERS]) + more
 
 
 def _fewshot(methods: Sequence[Method]) -> dict[str, list[FewShotPoint]]:
