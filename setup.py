@@ -31,7 +31,7 @@ setup(
     python_requires=">=3.10",
     package_dir={"": "src"},
     packages=find_packages("src"),
-    package_data={"patchcore.presets": ["*.json"]},
+    package_data={"patchcore.presets": ["*.json"], "patchcore.presets.published": ["*.csv", "*.json"]},
     install_requires=[
         "FrEIA>=0.2",
         "click>=8.1",

@@ -14,8 +14,8 @@ from conftest import small_run
 from in_process import Finished, invoke, read_rows
 from PIL import Image
 
-from patchcore import comparison
 from patchcore.cli import fewshot_curve, run_patchcore
+from patchcore.comparison import fewshot
 from patchcore.evaluation.fewshot import (
     FEWSHOT_METRICS,
     FewShotPoint,
@@ -250,7 +250,7 @@ def test_a_picture_that_fails_leaves_no_file(
     def fail(*_: object) -> None:
         raise OSError("no font")
 
-    monkeypatch.setattr(comparison, "fewshot_picture", fail)
+    monkeypatch.setattr(fewshot, "fewshot_picture", fail)
     assert compare(tmp_path, write_run("run", 2, 0, classes={"plate": (2, 0.6, 0.5)})).code == 1
     assert not (tmp_path / "out").exists()
 

@@ -31,7 +31,7 @@ ALLOWED = {
     "prediction": {"methods", "storage"},
     "stored_models": {"prediction", "storage"},
     "pipeline": {"class_run", "stored_models", "methods", "datasets", "evaluation", "storage", "tracking"},
-    "comparison": {"storage", "evaluation"},
+    "comparison": {"storage", "evaluation", "presets"},
     "presets": set(),
     "tracking": set(),
     "exploration": {"datasets", "evaluation", "storage"},

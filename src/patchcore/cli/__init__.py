@@ -1,5 +1,6 @@
 """The command line: importing it loads neither torch nor a data set."""
 
+from patchcore.cli.comparison import compare_results as compare_results
 from patchcore.cli.comparison import fewshot_curve as fewshot_curve
 from patchcore.cli.demo import make_demo_dataset as make_demo_dataset
 from patchcore.cli.exploration import explore_dataset as explore_dataset

@@ -16,6 +16,13 @@ LINE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"
 LINE_STYLES = ("-", "--", "-.")
 # As many as are coprime to the colours, so that every line differs; the circle is the mean's.
 LINE_MARKERS = ("s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "*")
+HATCHES = ("", "////", "....", "xxxx", "\\\\\\\\", "----", "++++")  # as many as are coprime to the colours
+DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)))
+
+
+def series_colour(number: int) -> str:
+    """Return the colour of the series of that number."""
+    return LINE_COLOURS[number % len(LINE_COLOURS)]
 
 
 def new_figure(width: float, height: float) -> tuple[Any, FigureCanvasAgg]:

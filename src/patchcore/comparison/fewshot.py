@@ -1,15 +1,15 @@
-"""Tables and curves over several run folders."""
+"""Tables and curve over runs that differ in the number of training images."""
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from patchcore.comparison.folders import are_distinct_strings, is_integer, require_folder, why_no_run
 from patchcore.errors import ConfigurationError, DataError
 from patchcore.evaluation.fewshot import (
     FEWSHOT_METRICS,
@@ -72,7 +72,7 @@ def fewshot_curve(folders: Sequence[Path], out: Path, announce: Callable[[str], 
     """
     runs = [_read_run(folder) for folder in folders]
     _require_comparable(runs)
-    _require_folder(out)
+    require_folder(out)
     run_folder.require_writable(out)
     observations = [o for run in runs for o in _observations(run)]
     if not observations:
@@ -84,15 +84,6 @@ def fewshot_curve(folders: Sequence[Path], out: Path, announce: Callable[[str], 
     return len(observations) == sum(len(run.row_names) for run in runs)
 
 
-def _require_folder(out: Path) -> None:
-    """Raise ConfigurationError if there is something else than a folder where `out` is to be."""
-    for path in (out, *out.parents):
-        if os.path.lexists(path) and not os.path.isdir(path):
-            raise ConfigurationError(
-                f"--out {str(out)!r}: {str(path)!r} is no folder, expected one or a name that is free"
-            )
-
-
 def _read_run(folder: Path) -> _Run:
     path = folder / "config.json"
     try:
@@ -102,37 +93,16 @@ def _read_run(folder: Path) -> _Run:
         seed = config["seed"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigurationError(
-            f"{str(folder)!r} is no folder of a training run ({_why_no_run(folder, error)}): name folders that "
+            f"{str(folder)!r} is no folder of a training run ({why_no_run(folder, error)}): name folders that "
             "run_patchcore has written"
         ) from error
-    if not _is_integer(seed) or not (limit is None or (_is_integer(limit) and limit >= 1)):
+    if not is_integer(seed) or not (limit is None or (is_integer(limit) and limit >= 1)):
         raise ConfigurationError(
             f"{path}: seed {seed!r} and limit_train {limit!r}, expected integers, limit_train >= 1"
         )
-    if not _are_distinct_strings(categories):
+    if not are_distinct_strings(categories):
         raise ConfigurationError(f"{path}: categories {categories!r}, expected a list of names, each once")
     return _Run(folder, config, tuple(f"{name}_{category}" for category in categories), limit, seed)
-
-
-def _why_no_run(folder: Path, error: Exception) -> str:
-    """Say what is wrong with a folder whose config.json could not be read."""
-    if isinstance(error, FileNotFoundError):
-        return "it has no config.json" if os.path.isdir(folder) else "there is no such folder"
-    if isinstance(error, NotADirectoryError):
-        return "it is a file"
-    if isinstance(error, OSError):
-        return f"its config.json cannot be read: {error.strerror}"
-    if isinstance(error, KeyError):
-        return f"its config.json has no {error.args[0]!r}"
-    return "its config.json is damaged"
-
-
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _are_distinct_strings(values: object) -> bool:
-    return isinstance(values, list) and all(isinstance(v, str) for v in values) and len(set(values)) == len(values)
 
 
 def _require_comparable(runs: Sequence[_Run]) -> None:

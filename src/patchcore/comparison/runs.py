@@ -1,0 +1,289 @@
+"""What a run folder holds for a comparison, read and checked."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import math
+import re
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from patchcore.comparison.folders import are_distinct_strings, is_integer, why_no_run
+from patchcore.errors import ConfigurationError, DataError
+from patchcore.storage import run_folder
+from patchcore.storage.model_folder import read_model_header
+from patchcore.storage.run_folder import ClassResult
+
+LOGGER = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What makes two runs of a class runs of the same method.
+
+    Attributes:
+        method: Name in the registry of detectors.
+        method_config: Configuration of the method for the class; None where it is not known.
+        calibration: How thresholds were found.
+        preprocessing: Resize and crop.
+        train_val_split: Share of the training images used for training.
+        limit_train: Number of training images that was asked for; None asks for all.
+    """
+
+    method: str
+    method_config: Mapping[str, Any] | None
+    calibration: str
+    preprocessing: Mapping[str, Any]
+    train_val_split: float
+    limit_train: int | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """What config.json says of one run folder.
+
+    Attributes:
+        folder: The run folder.
+        settings: Per row name of its classes, in order: how it was made.
+        seeds: Per row name: the seed; None for a stored model that is no longer where it was.
+        environment: What it ran on.
+    """
+
+    folder: Path
+    settings: dict[str, Setting]
+    seeds: dict[str, int | None]
+    environment: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class ImageScores:
+    """The image scores of one class of one run, in the order of the paths.
+
+    Attributes:
+        paths: [N] relative to the data set.
+        defect_types: [N].
+        labels: bool [N], True for defective.
+        scores: float64 [N], raw.
+        normalized: float64 [N], the threshold at 0.5; None without calibration.
+        decisions: bool [N], above the threshold; None without calibration.
+        defect_px: int64 [N], defect pixels after resize and crop; None in older runs and without masks.
+    """
+
+    paths: tuple[str, ...]
+    defect_types: np.ndarray
+    labels: np.ndarray
+    scores: np.ndarray
+    normalized: np.ndarray | None
+    decisions: np.ndarray | None
+    defect_px: np.ndarray | None
+
+    def of(self, paths: Sequence[str]) -> ImageScores:
+        """Return the scores of some of the images, in the order given."""
+        position = {path: i for i, path in enumerate(self.paths)}
+        chosen = np.array([position[path] for path in paths], np.int64)
+        arrays = {
+            name: value[chosen]
+            for name, value in vars(self).items()
+            if isinstance(value, np.ndarray)
+        }  # fmt: skip
+        return replace(self, paths=tuple(paths), **arrays)
+
+
+@dataclass(frozen=True)
+class ClassRun:
+    """One finished class of one run."""
+
+    run: Run
+    row_name: str
+    result: ClassResult
+    images: ImageScores
+
+    @property
+    def setting(self) -> Setting:
+        return self.run.settings[self.row_name]
+
+    @property
+    def seed(self) -> int | None:
+        return self.run.seeds[self.row_name]
+
+    @property
+    def maps_path(self) -> Path:
+        return self.run.folder / "anomaly_scores" / f"{self.row_name}.npz"
+
+    def maps_and_masks(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Read maps float32 [N, H, W] and masks uint8 [N, H, W] in the order of `images`; None where there are none.
+
+        Raises:
+            DataError: The file is damaged, or of other images.
+        """
+        return _read_maps(self.maps_path, self.images.paths)
+
+
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """Read the configurations of run folders.
+
+    Tables over seeds, which lie beside run folders and which `project/*` names as well, are passed over.
+
+    Raises:
+        ConfigurationError: A folder holds no run, or is given twice.
+    """
+    folders = [f for f in folders if not (re.search(r"_seeds(_\d+)?\.csv$", f.name) and f.is_file())]
+    if not folders:
+        raise ConfigurationError("only tables over seeds are named, expected run folders")
+    seen: dict[Path, Path] = {}
+    for folder in folders:
+        resolved = folder.resolve()
+        if resolved in seen:
+            raise ConfigurationError(f"{str(folder)!r} is given twice (first as {str(seen[resolved])!r}): name it once")
+        seen[resolved] = folder
+    return [_read_run(folder) for folder in folders]
+
+
+def _read_run(folder: Path) -> Run:
+    try:
+        stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config, environment = stored["config"], stored.get("environment", {})
+        dataset = config["dataset"]
+        categories, limit = dataset["categories"], dataset["limit_train"]
+        rows = {category: f"{dataset['name']}_{category}" for category in categories}
+        reading = _stored_models if "models" in config else _trained
+        settings, seeds = reading(config, list(rows))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigurationError(
+            f"{str(folder)!r} is no run folder ({why_no_run(folder, error)}): name folders that hold a results.csv "
+            "and a config.json"
+        ) from error
+    if not are_distinct_strings(categories) or not (limit is None or is_integer(limit)):
+        raise ConfigurationError(f"{str(folder)!r} is no run folder (its config.json is damaged): name run folders")
+    by_row = {rows[c]: setting for c, setting in settings.items()}
+    return Run(folder, by_row, {rows[c]: seed for c, seed in seeds.items()}, environment)
+
+
+def _trained(config: Mapping[str, Any], categories: Sequence[str]) -> tuple[dict[str, Setting], dict[str, int | None]]:
+    """Return settings and seeds per class of a run that trained."""
+    dataset = config["dataset"]
+    of_class = config.get("method_config_of_class") or dict.fromkeys(categories, config.get("method_config"))
+    settings = {
+        category: Setting(
+            config["method"],
+            of_class[category],
+            config["calibration"],
+            dataset["preprocessing"],
+            dataset["train_val_split"],
+            dataset["limit_train"],
+        )
+        for category in categories
+    }
+    if not is_integer(config["seed"]):
+        raise ValueError("no seed")
+    return settings, dict.fromkeys(categories, config["seed"])
+
+
+def _stored_models(
+    config: Mapping[str, Any], categories: Sequence[str]
+) -> tuple[dict[str, Setting], dict[str, int | None]]:
+    """Return settings and seeds per class of a run that evaluated stored models, as far as these are still there."""
+    dataset = config["dataset"]
+    settings: dict[str, Setting] = {}
+    seeds: dict[str, int | None] = {}
+    for category in categories:
+        method, method_config, calibration = config["methods"][category], None, "stored"
+        seeds[category] = None
+        try:
+            header = read_model_header(Path(config["models"][category]))
+        except ConfigurationError as error:
+            LOGGER.debug("model of %s: %s", category, error)
+        else:
+            method_config, seeds[category] = header.config, header.source.seed
+            calibration = header.calibration.method if header.calibration else "none"
+        settings[category] = Setting(
+            method, method_config, calibration, dataset["preprocessing"], dataset["train_val_split"], None
+        )
+    return settings, seeds
+
+
+def read_classes(run: Run) -> tuple[list[ClassRun], list[str]]:
+    """Read the finished classes of a run.
+
+    Returns:
+        The finished classes, and one sentence for each class that is left out.
+    """
+    found, left_out = [], []
+    for row_name in run.settings:
+        try:
+            result = run_folder.load_class_result(run.folder, row_name)
+            if result is None:
+                raise DataError("not finished (failures.csv may say why): finish the run with --skip_existing")
+            images = _read_scores(run.folder / "anomaly_scores" / f"{row_name}.csv")
+            found.append(ClassRun(run, row_name, result, images))
+        except DataError as error:
+            left_out.append(f"{row_name} of {run.folder} is left out: {error}")
+    return found, left_out
+
+
+def _read_scores(path: Path) -> ImageScores:
+    """Read a csv of image scores.
+
+    Raises:
+        DataError: It is missing or damaged.
+    """
+    try:
+        with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
+            rows = list(csv.DictReader(file))
+        if not rows:
+            raise ValueError("it has no image")
+        images = ImageScores(
+            paths=tuple(row["path"] for row in rows),
+            defect_types=np.array([row["defect_type"] for row in rows], dtype=object),
+            labels=np.array([{"0": False, "1": True}[row["label"]] for row in rows]),
+            scores=np.array([float(row["score"]) for row in rows]),
+            normalized=_column(rows, "normalized_score", np.float64),
+            decisions=_column(rows, "decision", np.int64),
+            defect_px=_column(rows, "defect_px", np.int64),
+        )
+        _require_sound(images)
+    except FileNotFoundError as error:
+        raise DataError(f"{path} is missing: evaluate the class again") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is damaged ({error}): evaluate the class again") from error
+    return images
+
+
+def _column(rows: Sequence[Mapping[str, str]], name: str, dtype: type) -> np.ndarray | None:
+    """Return a column of numbers, None where a cell of it is blank or the column is not there."""
+    cells = [row.get(name) for row in rows]
+    return None if any(cell in ("", None) for cell in cells) else np.array(cells).astype(dtype)
+
+
+def _require_sound(images: ImageScores) -> None:
+    """Raise ValueError for scores that are no numbers and images that occur twice."""
+    numbers = [images.scores] if images.normalized is None else [images.scores, images.normalized]
+    if not all(math.isfinite(value) for values in numbers for value in values):
+        raise ValueError("a score is no finite number")
+    if len(set(images.paths)) < len(images.paths):
+        raise ValueError("an image occurs twice")
+
+
+def _read_maps(path: Path, image_paths: Sequence[str]) -> tuple[np.ndarray, np.ndarray] | None:
+    if not path.is_file():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            if "masks" not in content:
+                return None
+            names = [name.decode("utf-8", "surrogateescape") for name in content["paths"].tolist()]
+            position = {name: i for i, name in enumerate(names)}
+            chosen = np.array([position[name] for name in image_paths])
+            maps, masks = content["maps"][chosen], content["masks"][chosen]
+    except (OSError, ValueError, KeyError, IndexError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path} is damaged or of other images ({error}): evaluate the class again") from error
+    if maps.ndim != 3 or maps.shape != masks.shape or not np.isfinite(maps[masks != 255]).all():
+        raise DataError(f"{path} is damaged (maps {maps.shape}, masks {masks.shape}): evaluate the class again")
+    return maps, masks
