@@ -91,8 +91,10 @@ def train_class(
     started = time.perf_counter()
     try:
         detector.fit(_loader(task, train))
-    except ConfigurationError as error:  # of a checkpoint: the fault of this class alone
-        raise DataError(str(error)) from error
+    except ConfigurationError as error:
+        if detector.plan.resume_from is None:
+            raise
+        raise DataError(f"{_checkpoint(task, category)}: {error}") from error  # the fault of this class alone
     finally:  # the history matters most where training failed
         _write_history(history_folder, category, detector.training_artifacts(task.log_group))
     trained = time.perf_counter()
