@@ -39,7 +39,7 @@ ALLOWED = {
     "runtime": set(),
     "errors": set(),
 }
-CLI_CALLBACKS_MAY_IMPORT = {"pipeline", "stored_models", "datasets", "comparison"}
+CLI_CALLBACKS_MAY_IMPORT = {"pipeline", "stored_models", "datasets", "features", "comparison"}
 ONE_HOME = {
     "FrEIA": "methods/normalizing_flow.py",
     "click": "cli/",
