@@ -87,13 +87,15 @@ class FeatureAutoencoderConfig:
     """
 
     backbone: BackboneConfig
-    patchsize: int = 3
+    patchsize: int = 1
     latent_channels: int | None = None
     explained_variance: float = 0.9
     variational: bool = False
     kl_weight: float = 0.1
     feature_noise: float = 0.0
-    training: TrainingConfig = field(default_factory=lambda: TrainingConfig(epochs=50, lr=1e-3, grad_clip=None))
+    training: TrainingConfig = field(
+        default_factory=lambda: TrainingConfig(epochs=50, batch_size=4, lr=5e-3, grad_clip=None)
+    )
     smoothing_px: float = 4.0
     image_score: str = "max"
     calibration_folds: int = 3

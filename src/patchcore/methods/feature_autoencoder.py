@@ -114,7 +114,7 @@ def _convolutions(*channels: int) -> nn.Sequential:
     """Return 1x1 convolutions from the first number of channels to the last, with an activation between them."""
     layers: list[nn.Module] = []
     for number_in, number_out in itertools.pairwise(channels):
-        layers += [nn.Conv2d(number_in, number_out, 1), nn.ReLU()]
+        layers += [nn.Conv2d(number_in, number_out, 1), nn.GELU()]
     return nn.Sequential(*layers[:-1])
 
 

@@ -51,6 +51,7 @@ class ResNetKNN(AnomalyDetector):
 
     method: ClassVar[str] = "resnet_knn"
     config_class: ClassVar[type] = ResNetKNNConfig
+    has_maps: ClassVar[bool] = False
 
     def __init__(
         self,
