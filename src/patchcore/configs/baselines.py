@@ -84,6 +84,11 @@ class FeatureAutoencoderConfig:
         smoothing_px: Standard deviation of the Gaussian that smooths maps, px.
         image_score: What of an image's map is its score: one of IMAGE_SCORES.
         calibration_folds: Trainings that calibration repeats, each without a part of the images, >= 2.
+
+    The defaults were chosen on efficientnet_lite0, by defects drawn onto held-out training images and by rendered parts,
+    never by the test images of a data set. What counts is that the training converges: 350 steps leave three times the
+    error of principal components of the same number, and find far fewer defects. Neighbourhoods of 3 x 3 as published
+    blur small defects away; noise, wider layers and other bottlenecks from 80 % to 95 % change little.
     """
 
     backbone: BackboneConfig
@@ -91,7 +96,7 @@ class FeatureAutoencoderConfig:
     latent_channels: int | None = None
     explained_variance: float = 0.9
     variational: bool = False
-    kl_weight: float = 0.1
+    kl_weight: float = 0.05
     feature_noise: float = 0.0
     training: TrainingConfig = field(
         default_factory=lambda: TrainingConfig(epochs=50, batch_size=4, lr=5e-3, grad_clip=None)
