@@ -85,10 +85,10 @@ class FeatureAutoencoderConfig:
         image_score: What of an image's map is its score: one of IMAGE_SCORES.
         calibration_folds: Trainings that calibration repeats, each without a part of the images, >= 2.
 
-    The defaults were chosen on efficientnet_lite0, by defects drawn onto held-out training images and by rendered parts,
-    never by the test images of a data set. What counts is that the training converges: 350 steps leave three times the
-    error of principal components of the same number, and find far fewer defects. Neighbourhoods of 3 x 3 as published
-    blur small defects away; noise, wider layers and other bottlenecks from 80 % to 95 % change little.
+    The defaults were chosen on efficientnet_lite0, by defects drawn onto held-out training images and by rendered
+    parts, never by the test images of a data set. What counts is that the training converges: 350 steps leave three
+    times the error of as many principal components, and find far fewer defects. Neighbourhoods of 3 x 3 as
+    published blur small defects away; noise, wider layers and bottlenecks from 80 % to 95 % change little.
     """
 
     backbone: BackboneConfig
