@@ -237,7 +237,7 @@ def test_calibration_scores_each_image_by_a_network_trained_without_it(extractor
     assert calibration is not None and calibration.pixel is not None
     assert calibration.num_folds == 3
     out_of_fold, in_sample = np.array(calibration.image_scores), detector.predict(images).scores
-    assert out_of_fold.argmax() == 2 and out_of_fold[2] > 1.2 * in_sample[2]
+    assert out_of_fold.argmax() == 2 and out_of_fold[2] > 4 * in_sample[2]
     assert calibration.image.threshold == pytest.approx(out_of_fold.mean() + THRESHOLD_STDS * out_of_fold.std(ddof=1))
 
 

@@ -56,7 +56,7 @@ class AutoencoderConfig:
     """
 
     latent_channels: int = 32
-    training: TrainingConfig = field(default_factory=lambda: TrainingConfig(epochs=60, lr=2e-3, grad_clip=None))
+    training: TrainingConfig = field(default_factory=lambda: TrainingConfig(epochs=40, lr=2e-3, grad_clip=None))
     smoothing_px: float = 4.0
     image_score: str = "max"
     calibration_folds: int = 3

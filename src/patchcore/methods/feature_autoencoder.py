@@ -2,7 +2,8 @@
 
 Source: Yang, Shi & Qi, "DFR: Deep Feature Reconstruction for Unsupervised Anomaly Segmentation" (2020): maps of several
     layers joined on one grid, a bottleneck as wide as the principal components of 90 % of the variance, 1x1
-    convolutions. Where ours departs is said at the place.
+    convolutions. Ours standardises each channel, averages no neighbourhoods unless asked to, and has GELU between the
+    convolutions.
 """
 
 from __future__ import annotations
