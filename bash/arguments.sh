@@ -141,18 +141,30 @@ refuse_repeated() {
     done
 }
 
-# choose_variants KNOWN ... sets variants: those in VARIANTS, or all.
-choose_variants() {
-    local variant
-    set_names "${VARIANTS:-}" "$@"
-    variants=("${names[@]}")
-    for variant in "${variants[@]}"; do
-        if ! is_one_of "$variant" "$@"; then
-            complain "unknown variant '$variant' in VARIANTS, expected some of: $*"
+# choose_known VARIABLE WHAT KNOWN ... sets names: those in the variable, or all; ends the script for an unknown one.
+choose_known() {
+    local variable=$1 what=$2 name
+    shift 2
+    set_names "${!variable:-}" "$@"
+    for name in "${names[@]}"; do
+        if ! is_one_of "$name" "$@"; then
+            complain "unknown $what '$name' in $variable, expected some of: $*"
             exit 2
         fi
     done
-    refuse_repeated VARIANTS "${variants[@]}"
+    refuse_repeated "$variable" "${names[@]}"
+}
+
+# choose_variants KNOWN ... sets variants: those in VARIANTS, or all.
+choose_variants() {
+    choose_known VARIANTS variant "$@"
+    variants=("${names[@]}")
+}
+
+# choose_methods KNOWN ... sets variants: those in METHODS, or all.
+choose_methods() {
+    choose_known METHODS method "$@"
+    variants=("${names[@]}")
 }
 
 # choose_classes KNOWN ... sets classes: those in CLASSES, or all; and class_flags, a -d for each.

@@ -16,6 +16,7 @@ MPDD_TRAINING = "sample_training_mpdd.sh"
 MPDD_EVALUATION = "sample_evaluation_mpdd.sh"
 MVTEC_TRAINING = "bash/sample_training_mvtec.sh"
 MVTEC_EVALUATION = "bash/sample_evaluation_mvtec.sh"
+BASELINES = "bash/sample_training_baselines.sh"
 FEWSHOT = "bash/sample_fewshot.sh"
 FASTFLOW_IMPROVED = "sample_training_fastflow_improved.sh"
 FASTFLOW_LOADER = "sample_evaluation_fastflow_loader.sh"
@@ -29,6 +30,7 @@ PATH_VARIABLES = {
     MPDD_EVALUATION: "MPDD_PATH",
     MVTEC_TRAINING: "MVTEC_PATH",
     MVTEC_EVALUATION: "MVTEC_PATH",
+    BASELINES: "MPDD_PATH",
     FEWSHOT: "MPDD_PATH",
     FASTFLOW_IMPROVED: "MPDD_PATH",
     FASTFLOW_LOADER: "MPDD_PATH",
@@ -37,7 +39,7 @@ PATH_VARIABLES = {
     FASTFLOW_WIDE: "MPDD_PATH",
     FASTFLOW_EVALUATION: "MPDD_PATH",
 }
-CHOICES = {"VARIANTS", "CLASSES", "SHOTS", "SEEDS", "RESULTS", "EVALUATED", "LOG_PROJECT", "PYTHON"}
+CHOICES = {"VARIANTS", "METHODS", "CLASSES", "SHOTS", "SEEDS", "RESULTS", "EVALUATED", "LOG_PROJECT", "PYTHON"}
 OWN_VARIABLES = CHOICES | set(PATH_VARIABLES.values())
 
 # Stands for the interpreter: notes what it was called with, and fails where the test says so. Whether there is a
@@ -102,7 +104,9 @@ class Desk:
         """Run a script to its good end with the data path first; return the commands without what is run."""
         ran = self.run(script, self.data, *args, **variables)
         assert ran.code == 0, ran.err
-        assert {c[0] for c in ran.commands} == {"run_fastflow.py" if "fastflow" in script else "run_patchcore.py"}
+        methods = ("fastflow", "baselines")
+        method = next((name for name in methods if name in script), "patchcore")
+        assert {c[0] for c in ran.commands} == {f"run_{method}.py"}
         return [c[1:] for c in ran.commands]
 
     def pretend_models(self, group: str, dataset: str, *classes: str, results: str = "results") -> Path:

@@ -13,11 +13,14 @@ import torch
 
 import patchcore.methods  # noqa: F401  # fills the registry
 from patchcore.configs import (
+    AutoencoderConfig,
     BackboneConfig,
     EnsembleConfig,
     FastFlowConfig,
+    FeatureAutoencoderConfig,
     PatchCoreConfig,
     PreprocessingConfig,
+    ResNetKNNConfig,
     SamplerConfig,
     SearchConfig,
     TrainingConfig,
@@ -40,6 +43,9 @@ PATCHCORE = PatchCoreConfig(
 EXAMPLES: dict[str, Any] = {
     "patchcore": PATCHCORE,
     "fastflow": FastFlowConfig(PATCHCORE.backbone, flow_steps=2, training=TrainingConfig(epochs=5)),
+    "resnet_knn": ResNetKNNConfig(replace(PATCHCORE.backbone, layers=("blocks.2",)), num_features=20, num_neighbours=3),
+    "autoencoder": AutoencoderConfig(training=TrainingConfig(epochs=5)),
+    "feature_autoencoder": FeatureAutoencoderConfig(PATCHCORE.backbone, training=TrainingConfig(epochs=5)),
     "ensemble": EnsembleConfig((PATCHCORE, replace(PATCHCORE, patchsize=5, seed=3))),
 }
 

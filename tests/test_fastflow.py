@@ -26,8 +26,8 @@ from patchcore.configs import (
 )
 from patchcore.detector import TrainingPlan
 from patchcore.errors import ConfigurationError, DataError
+from patchcore.features import layers
 from patchcore.features.extractor import FeatureExtractor, build_extractor
-from patchcore.methods import fastflow
 from patchcore.methods.fastflow import FastFlow
 from patchcore.methods.normalizing_flow import latent_bits, mean_probability
 from patchcore.methods.training import Training
@@ -435,8 +435,8 @@ def test_presets_of_one_backbone_share_its_extractor(monkeypatch: pytest.MonkeyP
     """Four classes of four settings, which a run prepares one after the other."""
     built: list[tuple[BackboneConfig, int]] = []
     known: WeakValueDictionary[Any, FeatureExtractor] = WeakValueDictionary()
-    monkeypatch.setattr(fastflow, "_EXTRACTORS", known)
-    monkeypatch.setattr(fastflow, "build_extractor", lambda *given: built.append(given) or build_extractor(*given))
+    monkeypatch.setattr(layers, "_EXTRACTORS", known)
+    monkeypatch.setattr(layers, "build_extractor", lambda *given: built.append(given) or build_extractor(*given))
     configs = {f"class{number}": replace(CONFIG, clamp=1 + number / 4) for number in range(4)}
     builders = pipeline._prepare("fastflow", configs, PREPROCESSING, SearchConfig())
     detectors = [build_one(TrainingSource(), torch.device("cpu")) for build_one in builders.values()]

@@ -41,7 +41,7 @@ ALLOWED = {
     "runtime": set(),
     "errors": set(),
 }
-CLI_CALLBACKS_MAY_IMPORT = {"pipeline", "stored_models", "datasets", "comparison", "exploration"}
+CLI_CALLBACKS_MAY_IMPORT = {"pipeline", "stored_models", "datasets", "features", "comparison", "exploration"}
 ONE_HOME = {
     "FrEIA": "methods/normalizing_flow.py",
     "click": "cli/",

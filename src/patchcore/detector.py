@@ -95,6 +95,7 @@ class AnomalyDetector(ABC):
     Attributes:
         method: Name in the registry and in model folders.
         config_class: Dataclass of the method's configuration.
+        has_maps: Whether predictions have anomaly maps, without which there are no pictures.
         preprocessing: Resize and crop that its images had.
         source: What it is trained on.
         calibration_: Thresholds; None before calibration or without it.
@@ -103,6 +104,7 @@ class AnomalyDetector(ABC):
 
     method: ClassVar[str]
     config_class: ClassVar[type]
+    has_maps: ClassVar[bool] = True
 
     def __init__(self, preprocessing: PreprocessingConfig, source: TrainingSource) -> None:
         self.preprocessing = preprocessing

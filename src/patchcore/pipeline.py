@@ -82,6 +82,7 @@ def train_and_evaluate(
     for seed, identity in identities.items():
         _require_resumable(parent / _group(run, seed), identity, run)
     device = resolve_device(run.runtime.device, run.runtime.gpus)
+    outputs = _possible_outputs(method, run.outputs)
     seedless = run_folder.group_without_seed(run.log_group)  # seeds of several commands belong together too
     finished: list[list[ClassResult]] = []
     complete = True
@@ -89,7 +90,7 @@ def train_and_evaluate(
         if len(identities) > 1:
             LOGGER.info("seed %d (%d of %d)", seed, number, len(identities))
         folder = _open_run_folder(parent, _group(run, seed), identity, run, device)
-        task = ClassTask(folder, dataset, run.outputs, device, run.epochs, _group(run, seed))
+        task = ClassTask(folder, dataset, outputs, device, run.epochs, _group(run, seed))
         announce(f"results: {folder}")
         process = functools.partial(train_class, task, seed=seed, builders=builders, calibration=run.calibration)
         with (
@@ -98,7 +99,7 @@ def train_and_evaluate(
         ):
             results, failures = _process_classes(task, process, run.skip_existing, tracker)
             tracker.log_mean(run_folder.mean_metrics(results))
-        _announce_results(folder, run.outputs, results, failures, announce)
+        _announce_results(folder, outputs, results, failures, announce)
         finished.append(results)
         complete = complete and not failures
     if len(run.seeds) > 1:
@@ -126,6 +127,14 @@ def _require_held_out(run: RunConfig, dataset: DatasetConfig) -> None:
                 f"--calibration split needs 2 held-out images of each class, --train_val_split "
                 f"{dataset.train_val_split} holds out {num_held_out} of {category!r}: give a smaller share, such as 0.8"
             )
+
+
+def _possible_outputs(method: str, outputs: OutputConfig) -> OutputConfig:
+    """Leave out what takes anomaly maps where a method has none: a run that goes on must not look for it."""
+    if DETECTORS[method].has_maps or not (outputs.segmentation_images or outputs.anomaly_maps):
+        return outputs
+    LOGGER.warning("%s has no anomaly maps: neither pictures nor raw maps are written", method)
+    return replace(outputs, segmentation_images=False, anomaly_maps=False)
 
 
 def _limited(search: SearchConfig, runtime: RuntimeConfig) -> SearchConfig:

@@ -1,5 +1,7 @@
 """The command line: importing it loads neither torch nor a data set."""
 
+from patchcore.cli.baselines import load_and_evaluate_baselines as load_and_evaluate_baselines
+from patchcore.cli.baselines import run_baselines as run_baselines
 from patchcore.cli.comparison import compare_results as compare_results
 from patchcore.cli.comparison import fewshot_curve as fewshot_curve
 from patchcore.cli.demo import make_demo_dataset as make_demo_dataset

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import click
 
 from patchcore.configs import BackboneConfig
+from patchcore.errors import ConfigurationError
 
 
 def typed_backbones(
@@ -69,12 +70,17 @@ def _layers_of_each(layers: Sequence[str], names: Sequence[str]) -> list[tuple[s
 
 
 def _weights_of_each(weights: Sequence[str], num_backbones: int) -> list[str]:
-    """Return the weights of each backbone, paths absolute: a model must find them from any working directory."""
+    """Return the weights of each backbone."""
     if len(weights) not in (0, 1, num_backbones):
         raise click.UsageError(
             f"{len(weights)} --weights for {num_backbones} backbone(s), expected none, one for all, or one for each -b"
         )
-    if not all(weights):
-        raise click.UsageError("--weights is empty, expected pretrained, random or the path of a file")
     typed = list(weights) * (num_backbones if len(weights) == 1 else 1) or ["pretrained"] * num_backbones
-    return [w if w in ("pretrained", "random") else os.path.abspath(w) for w in typed]
+    return [absolute_weights(w) for w in typed]
+
+
+def absolute_weights(typed: str) -> str:
+    """Return the weights of a backbone, a path absolute: a model must find them from any working directory."""
+    if not typed:
+        raise ConfigurationError("--weights is empty, expected pretrained, random or a path: an unset variable?")
+    return typed if typed in ("pretrained", "random") else os.path.abspath(typed)

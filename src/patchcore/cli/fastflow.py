@@ -8,6 +8,17 @@ from typing import Any
 
 import click
 
+from patchcore.cli.commands import (
+    RESUME_OPTION,
+    STORED_OPTIONS,
+    Evaluation,
+    evaluate,
+    evaluation,
+    prepare_console,
+    run_config,
+    run_options,
+    train,
+)
 from patchcore.cli.fastflow_options import (
     MODEL_OPTIONS,
     POST_PROCESSING_OPTIONS,
@@ -16,34 +27,17 @@ from patchcore.cli.fastflow_options import (
     fastflow_dataset_step,
     typed_fastflow,
 )
-from patchcore.cli.grammar import EXIT_FAILED, ChainedCommand, announce, quiet_libraries
-from patchcore.cli.steps import (
-    CALIBRATION_OPTION,
-    RUNTIME_OPTIONS,
-    TRACKING_OPTIONS,
-    refuse,
-    runtime_config,
-    with_options,
-)
-from patchcore.cli.typed_fastflow import TypedDataset, TypedFastFlow
+from patchcore.cli.grammar import ChainedCommand
+from patchcore.cli.steps import refuse, with_options
+from patchcore.cli.training_options import DEFAULT_CHECKPOINT_EVERY, EPOCH_OPTIONS, require_held_out_for
+from patchcore.cli.typed_dataset import TypedDataset
+from patchcore.cli.typed_fastflow import TypedFastFlow
 from patchcore.config_json import config_to_dict
-from patchcore.configs import (
-    EpochConfig,
-    FastFlowConfig,
-    OutputConfig,
-    PreprocessingConfig,
-    RunConfig,
-    RuntimeConfig,
-    SearchConfig,
-    TrackingConfig,
-    require_at_least,
-)
-from patchcore.runtime import log_to_console
+from patchcore.configs import EpochConfig, FastFlowConfig, PreprocessingConfig, RunConfig, SearchConfig
 
 LOGGER = logging.getLogger(__name__)
 
 NOT_TRAINED = "stored models are not trained again"
-DEFAULT_CHECKPOINT_EVERY = 10
 
 
 @click.group(
@@ -54,34 +48,14 @@ DEFAULT_CHECKPOINT_EVERY = 10
 )
 @click.argument("results_path")
 @with_options(
-    *RUNTIME_OPTIONS,
-    click.option(
-        "--seed",
-        "seeds",
-        type=int,
-        multiple=True,
-        default=(0,),
-        show_default=True,
-        help="Repeatable; changes nothing with --eval_only.",
+    *run_options(
+        click.option("--save_model", is_flag=True, help="One model folder per class, with an export for plain torch."),
+        RESUME_OPTION,
+        seed_help="Repeatable; changes nothing with --eval_only.",
+        log_group_help="Name of the run folder; two different ones: an error.",
     ),
-    click.option(
-        "--log_group", default="group", show_default=True, help="Name of the run folder; two different ones: an error."
-    ),
-    click.option("--log_project", default="project", show_default=True, help="Folder above the run folder."),
-    click.option("--save_segmentation_images", is_flag=True, help="One picture per test image."),
-    click.option("--save_model", is_flag=True, help="One model folder per class, with an export for plain torch."),
-    click.option("--save_anomaly_scores", is_flag=True, help="Raw anomaly maps beside the image scores."),
     click.option("--eval_only", is_flag=True, help="Evaluate --checkpoint, train nothing."),
     click.option("--checkpoint", default=None, help="Model folder, .pth export or bare state dict to evaluate."),
-    click.option(
-        "--skip_existing",
-        "--resume",
-        "skip_existing",
-        is_flag=True,
-        help="Reuse the run folder of this name, do what is missing, and go on from the last checkpoint.",
-    ),
-    CALIBRATION_OPTION,
-    *TRACKING_OPTIONS,
 )
 def run_fastflow(**options: Any) -> None:
     """Train FastFlow on good images and evaluate it: RESULTS_PATH, then the steps dataset and fastflow.
@@ -91,48 +65,19 @@ def run_fastflow(**options: Any) -> None:
 
 
 @run_fastflow.result_callback()
-def _run(
-    steps: list[tuple[str, Any]],
-    results_path: str,
-    gpus: tuple[int, ...],
-    device: str,
-    threads: int | None,
-    seeds: tuple[int, ...],
-    log_group: str,
-    log_project: str,
-    save_segmentation_images: bool,
-    save_model: bool,
-    save_anomaly_scores: bool,
-    eval_only: bool,
-    checkpoint: str | None,
-    skip_existing: bool,
-    calibration: str,
-    log_online: bool,
-    tensorboard: bool,
-) -> int:
+def _run(steps: list[tuple[str, Any]], eval_only: bool, checkpoint: str | None, **frame: Any) -> int:
     step = dict(steps)
     dataset: TypedDataset = step["dataset"]
     model, epochs = step["fastflow"]
-    run = RunConfig(
-        results_path=results_path,
-        log_project=log_project,
-        log_group=log_group,
-        seeds=seeds,
-        calibration=calibration,
-        outputs=OutputConfig(save_segmentation_images, save_model, save_anomaly_scores),
-        skip_existing=skip_existing,
-        runtime=runtime_config(gpus, device, threads),
-        tracking=TrackingConfig(log_online, tensorboard),
-        epochs=epochs,
-    )
+    run = run_config(**frame, epochs=epochs)
     if eval_only != (checkpoint is not None):
         found, missing = ("--eval_only", "--checkpoint") if checkpoint is None else ("--checkpoint", "--eval_only")
         raise click.UsageError(f"{found} without {missing}: type both to evaluate a stored model, or neither to train")
     if checkpoint is None:
         return _train(model, dataset, run)
     _refuse_training_options(run)
-    save_folder = str(Path(results_path) / log_project / log_group)
-    return _evaluate((checkpoint,), model, dataset, save_folder, run.outputs, run.runtime)
+    save_folder = str(Path(run.results_path) / run.log_project / run.log_group)
+    return _evaluate((checkpoint,), model, dataset, Evaluation(save_folder, run.outputs, run.runtime))
 
 
 def _refuse_training_options(run: RunConfig) -> None:
@@ -150,17 +95,12 @@ def _train(model: TypedFastFlow, typed: TypedDataset, run: RunConfig) -> int:
     preprocessing = model.preprocessing(typed)
     tiles = model.tiles.config(preprocessing.imagesize_px)
     dataset = typed.config(preprocessing)
-    if "patience" in model.settings and dataset.train_val_split == 1:
-        raise click.UsageError(
-            "--patience watches held-out images, --train_val_split 1 holds none out: give a smaller share, such as 0.8"
-        )
-    log_to_console()
-    quiet_libraries()
+    require_held_out_for(model.settings.get("patience"), dataset.train_val_split)
+    prepare_console()
     if tiles is not None and preprocessing.max_side_px is None and tiles.patch_size == preprocessing.imagesize_px:
         LOGGER.warning(
             "tiles of %d px are the whole images: give a smaller --patch_size or --preserve_high_res", tiles.patch_size
         )
-    from patchcore.pipeline import train_and_evaluate
 
     def config_of(category: str) -> FastFlowConfig:
         preset = model.preset(category)
@@ -168,62 +108,37 @@ def _train(model: TypedFastFlow, typed: TypedDataset, run: RunConfig) -> int:
             LOGGER.info("%s: preset %s of %s, %s", category, preset.category, preset.backbone, preset.source)
         return model.config_of(category, typed)
 
-    complete = train_and_evaluate("fastflow", config_of, run, dataset, SearchConfig(), announce)
-    return 0 if complete else EXIT_FAILED
+    return train("fastflow", config_of, run, dataset, SearchConfig())
 
 
-def _evaluate(
-    paths: tuple[str, ...],
-    model: TypedFastFlow,
-    dataset: TypedDataset,
-    save_folder: str,
-    outputs: OutputConfig,
-    runtime: RuntimeConfig,
-) -> int:
+def _evaluate(paths: tuple[str, ...], model: TypedFastFlow, dataset: TypedDataset, place: Evaluation) -> int:
     """Evaluate stored models; their configuration rules, and typed options must agree with it."""
     refuse("--train_val_split", dataset.train_val_split, 1.0, NOT_TRAINED)
     refuse("--limit_train", dataset.limit_train, None, NOT_TRAINED)
-    log_to_console()
-    quiet_libraries()
-    from patchcore.pipeline import load_and_evaluate
-    from patchcore.stored_models import ModelHeader, TypedModel, typed_header
 
-    def describe(category: str) -> ModelHeader:
+    def describe(category: str) -> Any:
+        from patchcore.stored_models import typed_header
+
         config = config_to_dict(model.config_of(category, dataset))
         return typed_header("fastflow", config, model.preprocessing(dataset), dataset.name, category)
 
-    complete = load_and_evaluate(
-        methods=("fastflow",),
-        model_paths=paths,
-        dataset=dataset.config(PreprocessingConfig()),
-        save_folder=save_folder,
-        outputs=outputs,
-        runtime=runtime,
-        search=SearchConfig(),
-        announce=announce,
-        typed=TypedModel(
-            settings=tuple(model.stored_settings(dataset)),
-            overrides=tuple(model.tiles.overrides()),
-            describe=describe if model.backbone is not None else None,
-        ),
+    return evaluate(
+        ("fastflow",),
+        paths,
+        dataset.config(PreprocessingConfig()),
+        place,
+        SearchConfig(),
+        settings=model.stored_settings(dataset),
+        overrides=model.tiles.overrides(),
+        describe=describe if model.backbone is not None else None,
     )
-    return 0 if complete else EXIT_FAILED
 
 
 @run_fastflow.command("fastflow", short_help="The method: --backbone BACKBONE [OPTIONS]")
 @with_options(
     *MODEL_OPTIONS,
     *TRAINING_OPTIONS,
-    click.option(
-        "--eval_every", type=int, default=None, help="Show test metrics after so many epochs; selects nothing."
-    ),
-    click.option(
-        "--checkpoint_every",
-        type=int,
-        default=DEFAULT_CHECKPOINT_EVERY,
-        show_default=True,
-        help="Epochs between checkpoints for --resume.",
-    ),
+    *EPOCH_OPTIONS,
     *TILE_OPTIONS,
     *POST_PROCESSING_OPTIONS,
 )
@@ -239,32 +154,16 @@ def fastflow_step(
 
 @click.group("load_and_evaluate_fastflow", cls=ChainedCommand, required_steps=("fastflow_loader", "dataset"))
 @click.argument("save_folder")
-@with_options(
-    *RUNTIME_OPTIONS,
-    click.option("--seed", type=int, default=0, help="Accepted for old scripts; changes nothing in a stored model."),
-    click.option("--save_segmentation_images", is_flag=True, help="One picture per test image."),
-    click.option("--save_anomaly_scores", is_flag=True, help="Raw anomaly maps beside the image scores."),
-)
+@with_options(*STORED_OPTIONS)
 def load_and_evaluate_fastflow(**options: Any) -> None:
     """Evaluate stored models: SAVE_FOLDER, then the steps fastflow_loader and dataset."""
 
 
 @load_and_evaluate_fastflow.result_callback()
-def _load_and_evaluate(
-    steps: list[tuple[str, Any]],
-    save_folder: str,
-    gpus: tuple[int, ...],
-    device: str,
-    threads: int | None,
-    seed: int,
-    save_segmentation_images: bool,
-    save_anomaly_scores: bool,
-) -> int:
-    require_at_least("--seed", seed, 0)
+def _load_and_evaluate(steps: list[tuple[str, Any]], **frame: Any) -> int:
     step = dict(steps)
     paths, model = step["fastflow_loader"]
-    outputs = OutputConfig(save_segmentation_images, False, save_anomaly_scores)
-    return _evaluate(paths, model, step["dataset"], save_folder, outputs, runtime_config(gpus, device, threads))
+    return _evaluate(paths, model, step["dataset"], evaluation(**frame))
 
 
 @load_and_evaluate_fastflow.command("fastflow_loader", short_help="The models: -p MODEL [-p MODEL ...]")

@@ -16,15 +16,18 @@ from patchcore.cli.steps import (
     refuse_augment,
     with_options,
 )
-from patchcore.cli.typed_fastflow import (
-    DEFAULT_BACKBONE,
-    DEFAULT_MAX_SIDE_PX,
-    SETTING_PATHS,
-    TypedDataset,
-    TypedFastFlow,
-    TypedTiles,
+from patchcore.cli.training_options import training_options
+from patchcore.cli.typed_dataset import DEFAULT_MAX_SIDE_PX, TYPED_READING_OPTIONS, TypedDataset
+from patchcore.cli.typed_fastflow import DEFAULT_BACKBONE, SETTING_PATHS, TypedFastFlow, TypedTiles
+from patchcore.configs import (
+    IMAGE_SCORES,
+    MAP_MODES,
+    NORMALIZATIONS,
+    PRECISIONS,
+    RESIZE_MODES,
+    SMOOTHINGS,
+    TrainingConfig,
 )
-from patchcore.configs import IMAGE_SCORES, MAP_MODES, NORMALIZATIONS, PRECISIONS, RESIZE_MODES, SCHEDULES, SMOOTHINGS
 
 MPDD = "mpdd"
 
@@ -71,15 +74,8 @@ POST_PROCESSING_OPTIONS: tuple[Callable[[Any], Any], ...] = (
 )
 
 TRAINING_OPTIONS: tuple[Callable[[Any], Any], ...] = (
-    click.option("--epochs", type=int, default=None, help="Passes over the training images; 50 if left out."),
-    click.option("--lr", type=float, default=None, help="Highest learning rate; 1e-3 if left out."),
-    click.option("--weight_decay", type=float, default=None, help="Decoupled weight decay; 1e-5 if left out."),
-    click.option("--schedule", type=click.Choice(SCHEDULES), help="Of the learning rate; one_cycle if left out."),
-    click.option("--grad_clip", type=float, default=None, help="Longest gradient; 0.1 if left out, 0 for none."),
+    *training_options(TrainingConfig()),
     click.option("--feature_noise", type=float, default=None, help="Noise on training features; 0 if left out."),
-    click.option(
-        "--patience", type=int, default=None, help="Stop after so many epochs without progress on held-out images."
-    ),
 )
 
 
@@ -139,12 +135,7 @@ def typed_fastflow(options: Mapping[str, Any]) -> TypedFastFlow:
         default=None,
         help=f"Longest side with --preserve_high_res, px; {DEFAULT_MAX_SIDE_PX} if left out.",
     ),
-    click.option("--batch_size", type=int, default=None, help="Images per batch, and per step of the training."),
-    click.option(
-        "--num_workers", type=int, default=8, show_default=True, help="Processes that read images, at most one a core."
-    ),
-    click.option("--limit_train", type=int, default=None, help="Train on so many images, drawn with the seed."),
-    click.option("--limit_test", type=int, default=None, help="Test on so many images per defect type."),
+    *TYPED_READING_OPTIONS,
     AUGMENT_OPTION,
     *DATASET_ARGUMENTS,
 )

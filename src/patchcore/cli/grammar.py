@@ -135,14 +135,16 @@ class ChainedCommand(OneLineErrors, click.Group):
     The command and its steps are called parts below.
 
     Args:
-        required_steps: For each step that is needed, the alternative names of it.
+        required_steps: Names of the steps that are needed; a tuple of names where one of several is.
         once: Options of which no two different values may be typed, wherever they stand.
     """
 
-    def __init__(self, *args: Any, required_steps: Sequence[str] = (), once: Sequence[str] = (), **extra: Any) -> None:
+    def __init__(
+        self, *args: Any, required_steps: Sequence[str | tuple[str, ...]] = (), once: Sequence[str] = (), **extra: Any
+    ) -> None:
         fixed = {"chain": True, "subcommand_metavar": "STEP [OPTIONS] ARGS ...", "epilog": RULE}
         super().__init__(*args, **{**extra, **fixed})
-        self.required_steps = tuple(required_steps)
+        self.required_steps = [(step,) if isinstance(step, str) else step for step in required_steps]
         self.once = tuple(once)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -153,9 +155,14 @@ class ChainedCommand(OneLineErrors, click.Group):
         if args[0] in self.commands:
             raise click.UsageError(f"found the step {args[0]!r} first, expected {self._expected()}")
         arguments, options = self._read(args)
-        missing = [name for name in self.required_steps if name not in arguments]
-        if missing:
-            raise click.UsageError(f"step {missing[0]} is missing, expected {self._expected()}")
+        for names in self.required_steps:
+            typed = [name for name in names if name in arguments]
+            if not typed:
+                raise click.UsageError(f"step {' or '.join(names)} is missing, expected {self._expected()}")
+            if len(typed) > 1:
+                raise click.UsageError(
+                    f"found the steps {' and '.join(typed)}, expected one of them: leave the others out"
+                )
         self._require_one_value(options)
         return super().parse_args(ctx, self._options_first(arguments, options))
 
@@ -175,7 +182,8 @@ class ChainedCommand(OneLineErrors, click.Group):
 
     def _expected(self) -> str:
         arguments = [p.human_readable_name for p in self.params if isinstance(p, click.Argument)]
-        return f"{' '.join(arguments)}, then the steps {', '.join(self.required_steps)}"
+        steps = [" or ".join(names) for names in self.required_steps]
+        return f"{' '.join(arguments)}, then the steps {', '.join(steps)}"
 
     def _parts(self) -> dict[str, click.Command]:
         """Return the command and its steps by name."""

@@ -10,42 +10,29 @@ from typing import Any
 import click
 
 from patchcore.cli.backbones import typed_backbones
-from patchcore.cli.grammar import EXIT_FAILED, ChainedCommand, announce, quiet_libraries
-from patchcore.cli.steps import (
-    AUGMENT_OPTION,
-    CALIBRATION_OPTION,
-    CATEGORIES_OPTION,
-    DATASET_ARGUMENTS,
-    READING_OPTIONS,
-    RUNTIME_OPTIONS,
-    TRACKING_OPTIONS,
-    dataset_step,
-    refuse,
-    refuse_augment,
-    runtime_config,
-    sampler_step,
-    typed_preprocessing,
-    with_options,
+from patchcore.cli.commands import (
+    SKIP_EXISTING_OPTION,
+    STORED_OPTIONS,
+    evaluate,
+    evaluation,
+    prepare_console,
+    run_config,
+    run_options,
+    train,
 )
+from patchcore.cli.grammar import ChainedCommand
+from patchcore.cli.steps import dataset_step, refuse, sampler_step, stored_dataset_step, with_options
 from patchcore.configs import (
     EMBEDDINGS,
     NORMALIZATIONS,
     PATCH_SCORES,
-    RESIZE_MODES,
     SCORE_NORMALIZATIONS,
     DatasetConfig,
     EnsembleConfig,
-    OutputConfig,
     PatchCoreConfig,
-    RunConfig,
-    RuntimeConfig,
     SamplerConfig,
     SearchConfig,
-    TrackingConfig,
-    require_at_least,
 )
-from patchcore.configs.typed import TypedSetting
-from patchcore.runtime import log_to_console
 
 LOGGER = logging.getLogger(__name__)
 
@@ -53,16 +40,10 @@ LOGGER = logging.getLogger(__name__)
 @click.group("run_patchcore", cls=ChainedCommand, required_steps=("patch_core", "sampler", "dataset"))
 @click.argument("results_path")
 @with_options(
-    *RUNTIME_OPTIONS,
-    click.option("--seed", "seeds", type=int, multiple=True, default=(0,), show_default=True, help="Repeatable."),
-    click.option("--log_group", default="group", show_default=True, help="Name of the run folder."),
-    click.option("--log_project", default="project", show_default=True, help="Folder above the run folder."),
-    click.option("--save_segmentation_images", is_flag=True, help="One picture per test image."),
-    click.option("--save_patchcore_model", is_flag=True, help="One model folder per class."),
-    click.option("--save_anomaly_scores", is_flag=True, help="Raw anomaly maps beside the image scores."),
-    click.option("--skip_existing", is_flag=True, help="Reuse the run folder of this name, do what is missing."),
-    CALIBRATION_OPTION,
-    *TRACKING_OPTIONS,
+    *run_options(
+        click.option("--save_patchcore_model", "save_model", is_flag=True, help="One model folder per class."),
+        SKIP_EXISTING_OPTION,
+    )
 )
 def run_patchcore(**options: Any) -> None:
     """Train PatchCore on good images and evaluate it: RESULTS_PATH, then the steps patch_core, sampler, dataset.
@@ -72,47 +53,18 @@ def run_patchcore(**options: Any) -> None:
 
 
 @run_patchcore.result_callback()
-def _run(
-    steps: list[tuple[str, Any]],
-    results_path: str,
-    gpus: tuple[int, ...],
-    device: str,
-    threads: int | None,
-    seeds: tuple[int, ...],
-    log_group: str,
-    log_project: str,
-    save_segmentation_images: bool,
-    save_patchcore_model: bool,
-    save_anomaly_scores: bool,
-    skip_existing: bool,
-    calibration: str,
-    log_online: bool,
-    tensorboard: bool,
-) -> int:
+def _run(steps: list[tuple[str, Any]], **frame: Any) -> int:
     step = dict(steps)
     members, score_normalization, search = step["patch_core"]
+    dataset: DatasetConfig = step["dataset"]
     method, config = _method(members, step["sampler"], score_normalization)
-    _require_seeds_that_differ(seeds, members, step["dataset"])
-    _require_images_for_fusion(config, step["dataset"])
-    run = RunConfig(
-        results_path=results_path,
-        log_project=log_project,
-        log_group=log_group,
-        seeds=seeds,
-        calibration=calibration,
-        outputs=OutputConfig(save_segmentation_images, save_patchcore_model, save_anomaly_scores),
-        skip_existing=skip_existing,
-        runtime=runtime_config(gpus, device, threads),
-        tracking=TrackingConfig(log_online, tensorboard),
-    )
-    log_to_console()
-    quiet_libraries()
-    if score_normalization == "minmax" and calibration != "none":
+    run = run_config(**frame)
+    _require_seeds_that_differ(run.seeds, members, dataset)
+    _require_images_for_fusion(config, dataset)
+    prepare_console()
+    if score_normalization == "minmax" and run.calibration != "none":
         LOGGER.warning("minmax scales scores over the test images, which leaves no threshold: decisions stay blank")
-    from patchcore.pipeline import train_and_evaluate
-
-    complete = train_and_evaluate(method, lambda _: config, run, step["dataset"], search, announce)
-    return 0 if complete else EXIT_FAILED
+    return train(method, lambda _: config, run, dataset, search)
 
 
 def _require_seeds_that_differ(
@@ -251,49 +203,17 @@ def patch_core_step(
 
 @click.group("load_and_evaluate_patchcore", cls=ChainedCommand, required_steps=("patch_core_loader", "dataset"))
 @click.argument("save_folder")
-@with_options(
-    *RUNTIME_OPTIONS,
-    click.option("--seed", type=int, default=0, help="Accepted for old scripts; changes nothing in a stored model."),
-    click.option("--save_segmentation_images", is_flag=True, help="One picture per test image."),
-    click.option("--save_anomaly_scores", is_flag=True, help="Raw anomaly maps beside the image scores."),
-)
+@with_options(*STORED_OPTIONS)
 def load_and_evaluate_patchcore(**options: Any) -> None:
     """Evaluate stored models: SAVE_FOLDER, then the steps patch_core_loader and dataset."""
 
 
 @load_and_evaluate_patchcore.result_callback()
-def _load_and_evaluate(
-    steps: list[tuple[str, Any]],
-    save_folder: str,
-    gpus: tuple[int, ...],
-    device: str,
-    threads: int | None,
-    seed: int,
-    save_segmentation_images: bool,
-    save_anomaly_scores: bool,
-) -> int:
-    require_at_least("--seed", seed, 0)
+def _load_and_evaluate(steps: list[tuple[str, Any]], **frame: Any) -> int:
     step = dict(steps)
     paths, search = step["patch_core_loader"]
     dataset, typed = step["dataset"]
-    runtime: RuntimeConfig = runtime_config(gpus, device, threads)
-    log_to_console()
-    quiet_libraries()
-    from patchcore.pipeline import load_and_evaluate
-    from patchcore.stored_models import TypedModel
-
-    complete = load_and_evaluate(
-        methods=("patchcore", "ensemble"),
-        model_paths=paths,
-        dataset=dataset,
-        save_folder=save_folder,
-        outputs=OutputConfig(save_segmentation_images, False, save_anomaly_scores),
-        runtime=runtime,
-        search=search,
-        announce=announce,
-        typed=TypedModel(tuple(typed)),
-    )
-    return 0 if complete else EXIT_FAILED
+    return evaluate(("patchcore", "ensemble"), paths, dataset, evaluation(**frame), search, typed)
 
 
 @load_and_evaluate_patchcore.command("patch_core_loader", short_help="The models: -p FOLDER [-p FOLDER ...]")
@@ -308,43 +228,6 @@ def patch_core_loader_step(
     return "patch_core_loader", (paths, SearchConfig(faiss_on_gpu, faiss_num_workers))
 
 
-@load_and_evaluate_patchcore.command("dataset", short_help="What to read: [OPTIONS] mvtec|mpdd|folder DATA_PATH")
-@with_options(
-    CATEGORIES_OPTION,
-    click.option("--resize", type=int, default=None, help="The model's; a typed one must agree."),
-    click.option("--imagesize", type=int, default=None, help="The model's; a typed one must agree."),
-    click.option("--resize_mode", type=click.Choice(RESIZE_MODES), help="The model's; a typed one must agree."),
-    *READING_OPTIONS,
-    click.option("--train_val_split", type=float, default=1.0, help="Only 1: stored models are not trained again."),
-    AUGMENT_OPTION,
-    *DATASET_ARGUMENTS,
-)
-def stored_dataset_step(
-    name: str,
-    data_path: str,
-    categories: tuple[str, ...],
-    train_val_split: float,
-    resize: int | None,
-    imagesize: int | None,
-    resize_mode: str | None,
-    batch_size: int,
-    num_workers: int,
-    limit_test: int | None,
-    augment: bool,
-) -> tuple[str, tuple[DatasetConfig, list[TypedSetting]]]:
-    """Read the test images; resize and crop are those of the models, typed ones must agree."""
-    refuse("--train_val_split", train_val_split, 1.0, "stored models are not trained again")
-    refuse_augment(augment)
-    dataset = DatasetConfig(
-        name=name,
-        path=data_path,
-        categories=categories,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        limit_test=limit_test,
-    )
-    return "dataset", (dataset, typed_preprocessing(resize, imagesize, resize_mode))
-
-
 run_patchcore.add_command(sampler_step)
 run_patchcore.add_command(dataset_step)
+load_and_evaluate_patchcore.add_command(stored_dataset_step)

@@ -169,6 +169,44 @@ def dataset_step(
     return "dataset", config
 
 
+@click.command("dataset", short_help="What to read: [OPTIONS] mvtec|mpdd|folder DATA_PATH")
+@with_options(
+    CATEGORIES_OPTION,
+    click.option("--resize", type=int, default=None, help="The model's; a typed one must agree."),
+    click.option("--imagesize", type=int, default=None, help="The model's; a typed one must agree."),
+    click.option("--resize_mode", type=click.Choice(RESIZE_MODES), help="The model's; a typed one must agree."),
+    *READING_OPTIONS,
+    click.option("--train_val_split", type=float, default=1.0, help="Only 1: stored models are not trained again."),
+    AUGMENT_OPTION,
+    *DATASET_ARGUMENTS,
+)
+def stored_dataset_step(
+    name: str,
+    data_path: str,
+    categories: tuple[str, ...],
+    train_val_split: float,
+    resize: int | None,
+    imagesize: int | None,
+    resize_mode: str | None,
+    batch_size: int,
+    num_workers: int,
+    limit_test: int | None,
+    augment: bool,
+) -> tuple[str, tuple[DatasetConfig, list[TypedSetting]]]:
+    """Read the test images; resize and crop are those of the models, typed ones must agree."""
+    refuse("--train_val_split", train_val_split, 1.0, "stored models are not trained again")
+    refuse_augment(augment)
+    dataset = DatasetConfig(
+        name=name,
+        path=data_path,
+        categories=categories,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        limit_test=limit_test,
+    )
+    return "dataset", (dataset, typed_preprocessing(resize, imagesize, resize_mode))
+
+
 @click.command("sampler", short_help="Memory bank: [-p SHARE] identity|random|greedy_coreset|approx_greedy_coreset")
 @click.option("-p", "--percentage", type=float, default=0.1, show_default=True, help="Share of the patches kept.")
 @click.argument("name")

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from patchcore.cli.steps import typed_preprocessing
+from patchcore.cli.backbones import absolute_weights
+from patchcore.cli.typed_dataset import DEFAULT_IMAGESIZE_PX, TypedDataset
 from patchcore.configs import (
     BackboneConfig,
-    DatasetConfig,
     FastFlowConfig,
     PreprocessingConfig,
     TileConfig,
-    TrainingConfig,
     near_matches,
 )
 from patchcore.configs.typed import ANY_VALUE, TypedSetting
 from patchcore.errors import ConfigurationError
 from patchcore.presets import Preset, fastflow_backbone, fastflow_backbone_names, fastflow_preset, with_settings
 
-DEFAULT_IMAGESIZE_PX = 224
-DEFAULT_MAX_SIDE_PX = 1024
-RESIZE_RATIO = 256 / 224  # of resize and crop, as in the defaults for 224 px
 DEFAULT_BACKBONE = "resnet18"
 
 # Where a typed option is in FastFlowConfig.
@@ -48,74 +43,6 @@ SETTING_PATHS: dict[str, tuple[str, ...]] = {
     "multi_scale": ("post_processing", "scales"),
 }
 LOW_MEMORY = ("config", "tiles", "low_memory")
-
-
-@dataclass(frozen=True)
-class TypedDataset:
-    """The step `dataset` as typed; None where nothing was."""
-
-    name: str
-    path: str
-    categories: tuple[str, ...]
-    batch_size: int | None
-    num_workers: int
-    train_val_split: float
-    limit_train: int | None
-    limit_test: int | None
-    resize: int | None
-    imagesize: int | None
-    resize_mode: str | None
-    preserve_high_res: bool
-    max_side: int | None
-
-    def config(self, preprocessing: PreprocessingConfig) -> DatasetConfig:
-        return DatasetConfig(
-            name=self.name,
-            path=self.path,
-            categories=self.categories,
-            train_val_split=self.train_val_split,
-            batch_size=TrainingConfig.batch_size if self.batch_size is None else self.batch_size,
-            num_workers=self.num_workers,
-            preprocessing=preprocessing,
-            limit_train=self.limit_train,
-            limit_test=self.limit_test,
-        )
-
-    def preprocessing(self, imagesize_px: int) -> PreprocessingConfig:
-        """Return how images become what a detector sees.
-
-        Args:
-            imagesize_px: Side of the centre crop, or of the resized tiles of images that keep their resolution.
-
-        Raises:
-            ConfigurationError: An option that has no effect beside the others was typed.
-        """
-        usual_resize = round(imagesize_px * RESIZE_RATIO)
-        if not self.preserve_high_res:
-            if self.max_side is not None:
-                raise ConfigurationError(
-                    f"--max_side {self.max_side} bounds images that keep their resolution: type --preserve_high_res "
-                    "as well, or leave --max_side out"
-                )
-            resize = usual_resize if self.resize is None else self.resize
-            return PreprocessingConfig(resize, imagesize_px, self.resize_mode or PreprocessingConfig.resize_mode)
-        if self.resize_mode is not None:
-            raise ConfigurationError(
-                f"--resize_mode {self.resize_mode} has no effect with --preserve_high_res, which keeps the shape of "
-                "each image: leave one of the two out"
-            )
-        max_side = DEFAULT_MAX_SIDE_PX if self.max_side is None else self.max_side
-        return PreprocessingConfig(usual_resize, imagesize_px, max_side_px=max_side)
-
-    def stored_settings(self) -> list[TypedSetting]:
-        """Return what stored models have to agree with."""
-        settings = typed_preprocessing(self.resize, self.imagesize, self.resize_mode)
-        path = ("preprocessing", "max_side_px")
-        if self.preserve_high_res:
-            settings.append(TypedSetting("--preserve_high_res", path, ANY_VALUE))
-        if self.max_side is not None:
-            settings.append(TypedSetting("--max_side", path, self.max_side))
-        return settings
 
 
 @dataclass(frozen=True)
@@ -206,7 +133,7 @@ class TypedFastFlow:
                 f"backbone {typed!r} has no layers of its own here ({near_matches(typed, fastflow_backbone_names())}): "
                 "mend the name, or name each layer with --layers"
             )
-        weights = _weights("pretrained" if self.weights is None else self.weights)
+        weights = absolute_weights("pretrained" if self.weights is None else self.weights)
         return BackboneConfig(known.name, layers, weights, self.normalization or "imagenet")
 
     def preset(self, category: str) -> Preset | None:
@@ -266,7 +193,7 @@ class TypedFastFlow:
         typed = {
             ("--backbone", "name"): None if self.backbone is None else fastflow_backbone(self.backbone).name,
             ("--layers", "layers"): list(self.layers) or None,
-            ("--weights", "weights"): None if self.weights is None else _weights(self.weights),
+            ("--weights", "weights"): None if self.weights is None else absolute_weights(self.weights),
             ("--normalization", "normalization"): self.normalization,
         }
         return [
@@ -274,10 +201,3 @@ class TypedFastFlow:
             for (option, name), value in typed.items()
             if value is not None
         ]
-
-
-def _weights(typed: str) -> str:
-    """Return the weights of a backbone, a path absolute: a model must find them from any working directory."""
-    if not typed:
-        raise ConfigurationError("--weights is empty, expected pretrained, random or a path: an unset variable?")
-    return typed if typed in ("pretrained", "random") else os.path.abspath(typed)

@@ -4,6 +4,7 @@ A configuration is complete and valid once it is constructed.
 """
 
 from patchcore.configs.backbone import NORMALIZATIONS, BackboneConfig
+from patchcore.configs.baselines import AutoencoderConfig, FeatureAutoencoderConfig, ResNetKNNConfig
 from patchcore.configs.checks import (
     MAX_LIST_LENGTH,
     MAX_SEED,
@@ -66,16 +67,19 @@ __all__ = [
     "SCHEDULES",
     "SCORE_NORMALIZATIONS",
     "SMOOTHINGS",
+    "AutoencoderConfig",
     "BackboneConfig",
     "DatasetConfig",
     "DemoConfig",
     "EnsembleConfig",
     "EpochConfig",
     "FastFlowConfig",
+    "FeatureAutoencoderConfig",
     "OutputConfig",
     "PatchCoreConfig",
     "PostProcessingConfig",
     "PreprocessingConfig",
+    "ResNetKNNConfig",
     "RunConfig",
     "RuntimeConfig",
     "SamplerConfig",

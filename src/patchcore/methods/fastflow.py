@@ -5,19 +5,15 @@ Source: Yu et al., "FastFlow: Unsupervised Anomaly Detection and Localization vi
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
-from weakref import WeakValueDictionary
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
 from patchcore.config_json import config_to_dict
 from patchcore.configs import (
-    BackboneConfig,
     FastFlowConfig,
     PreprocessingConfig,
     SearchConfig,
@@ -25,51 +21,30 @@ from patchcore.configs import (
     TrainingSource,
 )
 from patchcore.detector import (
-    AnomalyDetector,
     DetectorBuilder,
-    ImageBatches,
-    NotFittedError,
     Prediction,
     TrainingArtifacts,
-    TrainingPlan,
     register_detector,
-    require_images,
 )
-from patchcore.errors import ConfigurationError, DataError
-from patchcore.features.extractor import FeatureExtractor, build_extractor
+from patchcore.errors import ConfigurationError
+from patchcore.features.extractor import FeatureExtractor
+from patchcore.features.layers import shared_extractor
+from patchcore.methods.network_detector import NetworkDetector
 from patchcore.methods.tiles import cut_tiles, drawn_corners, resized, tiled_map
-from patchcore.methods.training import WITHOUT_HELD_OUT, EpochRecord, Training, load_weights
-from patchcore.runtime import derive_seed, over_threads, progress
+from patchcore.methods.training import Training, load_weights
+from patchcore.runtime import over_threads
 from patchcore.scoring.anomaly_map import image_scores
-from patchcore.scoring.calibration import Calibration, MapStatistics, calibrate
 from patchcore.scoring.post_processing import post_processed
 
 if TYPE_CHECKING:
     from patchcore.methods.normalizing_flow import FastFlowNet
 
-LOGGER = logging.getLogger(__name__)
-
 IMAGES_PER_FORWARD = 8  # of cached features: bounds the latent variables that are held at once
 SIZE_STEP_PX = 32  # what the strides of common backbones multiply to
 
 
-@dataclass(frozen=True)
-class TrainingData:
-    """What calibration needs of the training images.
-
-    Attributes:
-        loader: The images.
-        features: For each layer float32 [R, C, H, W], as they were trained on.
-        image_of_row: Number of the image that each row belongs to, int64 [R].
-    """
-
-    loader: ImageBatches
-    features: list[torch.Tensor]
-    image_of_row: torch.Tensor
-
-
 @register_detector
-class FastFlow(AnomalyDetector):
+class FastFlow(NetworkDetector["FastFlowNet"]):
     """Negative log-likelihood of feature maps under normalizing flows.
 
     Args:
@@ -77,13 +52,13 @@ class FastFlow(AnomalyDetector):
         extractor: Feature maps of a frozen backbone, shared between classes.
         preprocessing: Resize and crop that the images have had.
         source: What the model is trained on; its seed drives weights and order.
-
-    Attributes:
-        history_: One record per epoch, learned by `fit`; empty for a stored model.
     """
 
     method: ClassVar[str] = "fastflow"
     config_class: ClassVar[type] = FastFlowConfig
+    network_name: ClassVar[str] = "flows"
+    kept_name: ClassVar[str] = "features"
+    loss_unit: ClassVar[str] = "bits per dimension"
 
     def __init__(
         self,
@@ -92,16 +67,12 @@ class FastFlow(AnomalyDetector):
         preprocessing: PreprocessingConfig,
         source: TrainingSource | None = None,
     ) -> None:
-        super().__init__(preprocessing, source or TrainingSource())
+        device = extractor.mean.device
+        super().__init__(config.training, config.calibration_folds, device, preprocessing, source)
         self.config = config
         self.extractor = extractor
         self.shapes = [_map_shape(extractor, layer) for layer in config.backbone.layers]
-        self.device = extractor.mean.device
-        self.history_: list[EpochRecord] = []
-        self._flows: FastFlowNet | None = None
-        self._unmeasured: list[torch.Tensor] | None = None  # features whose spread the flows do not know yet
-        self._training_data: TrainingData | None = None
-        self._weights_epoch = 0
+        self.rows_per_image = config.tiles.training_tiles if config.tiles else 1
 
     @classmethod
     def prepare(
@@ -113,79 +84,14 @@ class FastFlow(AnomalyDetector):
             ConfigurationError: Backbone, weights or layers are unknown or do not fit.
         """
         _require_tiles(config, preprocessing)
-        extractor = _shared_extractor(config.backbone, preprocessing.imagesize_px)
+        extractor = shared_extractor(config.backbone, preprocessing.imagesize_px)
         _require_scales(config, extractor, preprocessing.imagesize_px)
         return lambda source, device: cls(config, extractor.to(device), preprocessing, source)
 
-    def fit(self, loader: ImageBatches) -> FastFlow:
-        """Train one flow for each feature map of normal images.
-
-        Args:
-            loader: Batches of normal images. The plan's held-out images are kept from the gradients: their loss is in
-                the history, and early stopping watches it.
-
-        Raises:
-            DataError: There are no images, one is smaller than a tile, or the training diverged.
-            ConfigurationError: Early stopping is asked for without held-out images, or the plan resumes another
-                training.
-        """
-        held_out = self.plan.held_out
-        if self.config.training.patience is not None and held_out is None:
-            raise ConfigurationError(WITHOUT_HELD_OUT)  # before the features are computed
-        features, image_of_row = self._embedded(loader, "features")
-        self._train(features, None if held_out is None else self._embedded(held_out, "held-out features")[0])
-        self._training_data = TrainingData(loader, features, image_of_row)
-        return self
-
-    def _train(self, features: list[torch.Tensor], held_out: list[torch.Tensor] | None) -> None:
-        """Train on feature maps float32 [R, C, H, W] of each layer."""
-        training = self._training(features, self.config.training, "flows")
-        if self.plan.resume_from is not None:
-            training.load_state_dict(self.plan.resume_from)
-        after_epoch = self.plan.after_epoch
-
-        def report(training: Training, record: EpochRecord) -> None:
-            assert after_epoch is not None
-            # The detector predicts, for as long as it is asked.
-            self._flows, self._unmeasured = training.module, features  # type: ignore[assignment]
-            after_epoch(record.epoch, training.state_dict)
-            self._flows = self._unmeasured = None
-
-        self.history_ = training.history  # filled as it goes: what diverges leaves its history too
-        training.run(features, held_out, None if after_epoch is None else report)
-        self._flows = self._measured(training, features)
-        self._weights_epoch = training.weights_epoch
-        if self._weights_epoch < self.config.training.epochs:
-            LOGGER.info(
-                "%s: stopped after %d of %d epochs, the model has the weights of epoch %d",
-                self.source.category,
-                len(self.history_),
-                self.config.training.epochs,
-                self._weights_epoch,
-            )
-
-    def _embedded(self, loader: ImageBatches, what: str) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """Compute the feature maps of all images once: the backbone is frozen and there is no augmentation.
-
-        Returns:
-            For each layer float32 [R, C, H, W], a row for each image or each tile drawn from it; and the number of
-            the image that a row belongs to, int64 [R].
-        """
-        if loader.num_images == 0:
-            raise DataError("no training images, expected at least one")
-        tiles = self.config.tiles
-        most_rows = loader.num_images * (tiles.training_tiles if tiles else 1)
-        buffers = [torch.empty(most_rows, *shape, memory_format=torch.channels_last) for shape in self.shapes]
-        image_of_row: list[int] = []
-        num_images = 0
-        for batch in progress(loader, f"{self.source.category}: {what}", total=len(loader)):
-            inputs, image_of_input = self._training_inputs(batch["image"], num_images)
-            rows = slice(len(image_of_row), len(image_of_row) + len(inputs))
-            for feature_map, buffer in zip(self._feature_maps(inputs), buffers, strict=True):
-                buffer[rows] = feature_map
-            image_of_row += image_of_input
-            num_images += len(batch["image"])
-        return [buffer[: len(image_of_row)] for buffer in buffers], torch.tensor(image_of_row)
+    def _rows(self, images: torch.Tensor, first: int) -> tuple[list[torch.Tensor], list[int]]:
+        """Return feature maps [R, C, H, W] of each layer, a row for each image or each tile drawn from it."""
+        inputs, image_of_input = self._training_inputs(images, first)
+        return self._feature_maps(inputs), image_of_input
 
     def _training_inputs(self, images: torch.Tensor, first: int) -> tuple[torch.Tensor, list[int]]:
         """Return what the backbone gets of images [B, 3, H, W], and the number of each one's image from `first`."""
@@ -195,9 +101,8 @@ class FastFlow(AnomalyDetector):
         inputs: list[torch.Tensor] = []
         numbers: list[int] = []
         for number, image in enumerate(images, start=first):
-            seed = derive_seed(self.source.seed, self.source.category, "tiles", number)
             _, height, width = image.shape
-            corners = drawn_corners(height, width, tiles, seed)
+            corners = drawn_corners(height, width, tiles, self._seed("tiles", number))
             inputs.append(cut_tiles(image, corners, tiles, self.preprocessing.imagesize_px))
             numbers += [number] * len(corners)
         return torch.cat(inputs), numbers
@@ -206,89 +111,24 @@ class FastFlow(AnomalyDetector):
         maps = self.extractor(images)
         return [maps[layer] for layer in self.config.backbone.layers]
 
-    def _training(self, features: Sequence[torch.Tensor], config: TrainingConfig, *purpose: str | int) -> Training:
-        """Return a training of new flows, whose standardisation is that of some features."""
+    def _new_training(self, rows: Sequence[torch.Tensor], config: TrainingConfig, *purpose: str | int) -> Training:
         flows = self._new_flows(*purpose)
-        flows.standardise_by(features)
-        seed = derive_seed(self.source.seed, self.source.category, *purpose, "training")
-        description = f"{self.source.category}: {' '.join(map(str, purpose))}"
-        return Training(flows, flows.mean_bits_per_dimension, config, seed, description)
+        flows.standardise_by(rows)
+        return self._training_of(flows, flows.mean_bits_per_dimension, config, purpose)
 
     def _new_flows(self, *purpose: str | int) -> FastFlowNet:
         # Imported here: FrEIA brings scipy.stats, which takes a second that no other method should wait for.
         from patchcore.methods.normalizing_flow import FastFlowNet
 
-        seed = derive_seed(self.source.seed, self.source.category, *purpose, "weights")
-        return FastFlowNet(self.shapes, self.config, seed).to(self.device)
+        return FastFlowNet(self.shapes, self.config, self._seed(*purpose, "weights")).to(self.device)
 
-    def _measured(self, training: Training, features: Sequence[torch.Tensor]) -> FastFlowNet:
-        """Return the flows of a training, which know how far each one's map spreads on the training images."""
-        flows: FastFlowNet = training.module  # type: ignore[assignment]
-        flows.measure_spread(features, IMAGES_PER_FORWARD)
-        return flows
+    def _complete(self, network: FastFlowNet, rows: Sequence[torch.Tensor]) -> None:
+        """Learn how far each flow's map spreads on the training images."""
+        network.measure_spread(rows, IMAGES_PER_FORWARD)
 
     @property
     def smallest_side_px(self) -> int:
         return self.config.tiles.patch_size if self.config.tiles else 1
-
-    def out_of_fold_calibration(self) -> Calibration | None:
-        """Calibrate on the training images, each scored by flows that were trained without it.
-
-        Each of a few folds is left out of a training of its own, from the cached features and for as many epochs as
-        the model's own, and scored like new images. K folds cost K - 1 times the training of the model. PatchCore's
-        five, or one per image, would cost far more than the model; fewer folds train on fewer images, which makes
-        scores and threshold higher, on the safe side of false alarms.
-
-        Raises:
-            NotFittedError: Training data are there only between `fit` and `release_training_data`.
-            DataError: The training of a fold diverged.
-        """
-        data = self._training_data
-        if data is None:
-            raise NotFittedError("out-of-fold calibration needs the training data: call it right after fit()")
-        num_images = data.loader.num_images
-        if num_images < 2:
-            return None
-        fold_of_image = self._folds(num_images)
-        num_folds = int(fold_of_image.max()) + 1
-        numbers = progress(range(num_folds), f"{self.source.category}: calibration, trainings")
-        flows_of_fold = [self._fold_flows(data, fold_of_image, number) for number in numbers]
-        scores, maxima, means = (np.empty(num_images, dtype=np.float32) for _ in range(3))
-        first = 0
-        batches = progress(data.loader, f"{self.source.category}: calibration, scoring", total=len(data.loader))
-        for batch in batches:
-            fold_of_row = fold_of_image[first : first + len(batch["image"])]
-            for number in fold_of_row.unique().tolist():
-                chosen = torch.nonzero(fold_of_row == number)[:, 0]
-                prediction = self._score(flows_of_fold[number], batch["image"][chosen])
-                rows = (first + chosen).numpy()
-                assert prediction.maps is not None
-                statistics = MapStatistics.of([prediction.maps])
-                scores[rows], maxima[rows], means[rows] = prediction.scores, statistics.maxima, statistics.means
-            first += len(fold_of_row)
-        return calibrate("kfold", num_folds, scores, MapStatistics(maxima, means))
-
-    def _folds(self, num_images: int) -> torch.Tensor:
-        """Return the fold of each image, int64 [N]: a random partition into equal parts."""
-        seed = derive_seed(self.source.seed, self.source.category, "folds")
-        order = torch.randperm(num_images, generator=torch.Generator().manual_seed(seed))
-        fold_of_image = torch.empty(num_images, dtype=torch.int64)
-        for number, images in enumerate(order.tensor_split(min(self.config.calibration_folds, num_images))):
-            fold_of_image[images] = number
-        return fold_of_image
-
-    def _fold_flows(self, data: TrainingData, fold_of_image: torch.Tensor, fold: int) -> FastFlowNet:
-        """Return flows trained without the images of a fold, for as many epochs as the model has."""
-        kept = torch.nonzero(fold_of_image[data.image_of_row] != fold)[:, 0]
-        features = [maps[kept] for maps in data.features]
-        without_stopping = replace(self.config.training, patience=None)
-        training = self._training(features, without_stopping, "fold", fold)
-        training.run(features, stop_after=self._weights_epoch)
-        return self._measured(training, features)
-
-    def release_training_data(self) -> None:
-        self._training_data = None
-        self.plan = TrainingPlan()  # may hold the state of an interrupted training
 
     def predict(self, images: torch.Tensor) -> Prediction:
         """Score images by how unlikely their feature maps are.
@@ -306,14 +146,12 @@ class FastFlow(AnomalyDetector):
             ValueError: The images have another size than the model's preprocessing gives.
             DataError: They are smaller than a tile.
         """
-        flows = self._require_fitted()
-        require_images(images, self.preprocessing)
-        return self._score(flows, images)
+        return super().predict(images)
 
     @torch.inference_mode()
-    def _score(self, flows: FastFlowNet, images: torch.Tensor) -> Prediction:
+    def _score(self, network: FastFlowNet, images: torch.Tensor) -> Prediction:
         """Return scores [B] and maps [B, H, W] of images uint8 [B, 3, H, W]: the score is read off the final map."""
-        maps = post_processed(self._maps(flows, images), images, self.config.post_processing)
+        maps = post_processed(self._maps(network, images), images, self.config.post_processing)
         return Prediction(image_scores(maps, self.config.image_score).cpu().numpy(), maps.cpu().numpy())
 
     def _maps(self, flows: FastFlowNet, images: torch.Tensor) -> torch.Tensor:
@@ -343,26 +181,13 @@ class FastFlow(AnomalyDetector):
             total = total + upsampled[:, 0] / len(scales)  # [B, size, size]
         return total
 
-    def _require_fitted(self) -> FastFlowNet:
-        if self._flows is None:
-            raise NotFittedError("this FastFlow has no trained flows: call fit() or load a model folder")
-        if self._unmeasured is not None:
-            self._flows.measure_spread(self._unmeasured, IMAGES_PER_FORWARD)
-            self._unmeasured = None
-        return self._flows
-
     def training_artifacts(self, log_group: str) -> TrainingArtifacts:
         """Return the history, and the model as one file that plain torch reads."""
-        history = tuple(config_to_dict(record) for record in self.history_)
-        return TrainingArtifacts(
-            history, loss_unit="bits per dimension", exports={f"fastflow_{log_group}_final.pth": self.torch_export}
-        )
+        export = {f"fastflow_{log_group}_final.pth": self.torch_export}
+        return replace(super().training_artifacts(log_group), exports=export)
 
     def configuration(self) -> dict[str, Any]:
         return config_to_dict(self.config)
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        return dict(self._require_fitted().state_dict())
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Take over stored flows.
@@ -373,23 +198,12 @@ class FastFlow(AnomalyDetector):
         flows = self._new_flows("flows")
         load_weights(flows, tensors)
         flows.require_invertible()
-        self._flows = flows.eval()
+        self._network = flows.eval()
 
 
 def _map_shape(extractor: FeatureExtractor, layer: str) -> tuple[int, int, int]:
     channels, height, width = extractor.feature_shapes[layer]
     return channels, height, width
-
-
-_EXTRACTORS: WeakValueDictionary[tuple[BackboneConfig, int], FeatureExtractor] = WeakValueDictionary()
-
-
-def _shared_extractor(config: BackboneConfig, imagesize_px: int) -> FeatureExtractor:
-    """Return the extractor that detectors of other settings use already, or a new one: each class may have a preset."""
-    key = (config, imagesize_px)
-    extractor = _EXTRACTORS.get(key) or build_extractor(config, imagesize_px)
-    _EXTRACTORS[key] = extractor
-    return extractor
 
 
 def scaled_size(side: int, scale: float) -> int:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from FrEIA.modules import AllInOneBlock
@@ -17,11 +14,11 @@ from torch import nn
 from patchcore.configs import FastFlowConfig
 from patchcore.errors import ConfigurationError
 from patchcore.methods.coupling import Couple, CouplingNet, as_rows, couple_
+from patchcore.methods.training import seeded
 
 RELATIVE_STD_FLOOR = 0.1  # of the root mean square over channels; see FeatureFlow.standardise_by
 MIN_SPREAD_BITS = 1e-6  # a flow whose map is flat, as on equal images, is left in its own unit
 LOG_2 = math.log(2.0)
-SEEDING = threading.Lock()  # the generators that FrEIA draws from belong to the whole process
 COEFFICIENT_SCALE = 0.1  # by which FrEIA scales what a subnet gives, for stability
 
 
@@ -285,7 +282,7 @@ class FastFlowNet(nn.Module):
 
     def __init__(self, shapes: Sequence[tuple[int, int, int]], config: FastFlowConfig, seed: int) -> None:
         super().__init__()
-        with _seeded(seed):
+        with seeded(seed):
             self.flows = nn.ModuleList([FeatureFlow(shape, config) for shape in shapes])
         self.noise = config.feature_noise
         self.register_buffer("spread", torch.ones(len(shapes)))
@@ -372,16 +369,3 @@ def _mean_on_finest(grids: Sequence[torch.Tensor]) -> torch.Tensor:
     finest = max((grid.shape[1:] for grid in grids), key=math.prod)
     aligned = [F.interpolate(grid[:, None], size=finest, mode="bilinear", align_corners=False)[:, 0] for grid in grids]
     return torch.stack(aligned).mean(dim=0)
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Seed torch and numpy, whose global generator FrEIA draws permutations from, for as long as the context lasts."""
-    with SEEDING, torch.random.fork_rng(devices=[]):
-        before = np.random.get_state()
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every GPU as well
-        np.random.seed(seed % 2**32)
-        try:
-            yield
-        finally:
-            np.random.set_state(before)

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import copy
 import math
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -28,6 +31,7 @@ END_DIVISOR = 1e4  # ... and the last one the first / 10^4
 WITHOUT_HELD_OUT = "early stopping watches held-out images, found none: hold some out, such as --train_val_split 0.8"
 CHECKED_IMAGES = 1  # whose loss shows after each epoch that its last step has not spoilt the weights
 FUSED_DEVICES = ("cpu", "cuda")  # where the optimiser takes its step in one pass over the weights
+SEEDING = threading.Lock()  # the generators that networks draw their weights from belong to the whole process
 DIVERGED_BY = 10.0  # an epoch whose mean loss lies so many times max(1, |first loss|) above the first has diverged
 
 Data = Sequence[torch.Tensor]
@@ -296,6 +300,14 @@ def _same_kind(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.is_floating_point() == other.is_floating_point() and one.is_complex() == other.is_complex()
 
 
+def require_finite(network: nn.Module, positive: Sequence[str] = ()) -> None:
+    """Raise ConfigurationError if a tensor of a stored network is not finite, or one of the named not positive."""
+    for name, tensor in network.state_dict().items():
+        if not bool(tensor.isfinite().all()) or (name in positive and not bool((tensor > 0).all())):
+            expected = "positive" if name in positive else "finite"
+            raise ConfigurationError(f"{name} of the stored network is not {expected}: train the model anew")
+
+
 def schedule_factor(schedule: str, step: int, num_steps: int) -> float:
     """Return the learning rate of a step as a share of the highest one.
 
@@ -325,3 +337,16 @@ def schedule_factor(schedule: str, step: int, num_steps: int) -> float:
 def _cosine(start: float, end: float, share: float) -> float:
     """Go from `start` to `end` along half a cosine, `share` of the way."""
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * share))
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed torch and numpy, whose global generator FrEIA draws permutations from, for as long as the context lasts."""
+    with SEEDING, torch.random.fork_rng(devices=[]):
+        before = np.random.get_state()
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every GPU as well
+        np.random.seed(seed % 2**32)
+        try:
+            yield
+        finally:
+            np.random.set_state(before)
