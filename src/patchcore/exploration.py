@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -18,13 +17,12 @@ from patchcore.datasets.images import place, read_image, read_mask
 from patchcore.datasets.inspection import GOOD, choose_categories, subfolders
 from patchcore.datasets.problems import ERROR, Problem, find_problems, no_class
 from patchcore.datasets.registry import dataset_class
-from patchcore.errors import ConfigurationError
 from patchcore.evaluation.metrics import label_regions
 from patchcore.evaluation.plots.exploration import ClassDistribution, Tile, contact_sheet, distributions_picture
 from patchcore.evaluation.plots.pictures import picture_names, png_bytes
 from patchcore.evaluation.report import text_table
 from patchcore.storage.files import write_bytes, write_json
-from patchcore.storage.run_folder import require_writable
+from patchcore.storage.run_folder import require_output_folder
 
 SCHEMA_VERSION = 1
 TILES = 6  # images of one kind on a contact sheet
@@ -55,7 +53,7 @@ def explore_dataset(dataset: DatasetConfig, out: Path, announce: Announce) -> bo
         ConfigurationError: The path or a class is missing, or `out` is no place for files.
     """
     categories = choose_categories(dataset, dataset_class(dataset.name).categories)
-    _require_folder(out)
+    require_output_folder(out)
     root = Path(dataset.path)
     sheets = picture_names([("contact_sheet", category) for category in categories])
     summaries: dict[str, dict[str, Any]] = {}
@@ -193,16 +191,6 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _cell(text: str) -> str:
     """Return a text that neither ends a cell nor begins HTML or other Markdown."""
     return "".join(f"\\{c}" if c in "\\|`*_<>[]" else c for c in printable(text))
-
-
-def _require_folder(out: Path) -> None:
-    """Raise ConfigurationError unless files can be written to `out`."""
-    for path in (out, *out.parents):
-        if os.path.lexists(path) and not os.path.isdir(path):
-            raise ConfigurationError(
-                f"--out {str(out)!r}: {str(path)!r} is no folder, expected one or a name that is free"
-            )
-    require_writable(out)
 
 
 def _distribution(facts: ClassFacts, summary: Mapping[str, Any]) -> ClassDistribution:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from patchcore.comparison.alignment import align_images, class_runs, require_same_resolution, row_names
-from patchcore.comparison.folders import require_folder
 from patchcore.comparison.measurement import ClassMeasurement, measure_class
 from patchcore.comparison.methods import Method, enter_classes, fewshot_family, fewshot_label, group_runs
 from patchcore.comparison.runs import read_classes, read_runs
@@ -108,8 +107,7 @@ def compare_results(
         ConfigurationError: A folder holds no run, the runs cannot be compared, or `out` is no place for files; nothing
             has been written then.
     """
-    require_folder(out)
-    run_folder.require_writable(out)
+    run_folder.require_output_folder(out)
     comparison = make_comparison(folders, options)
     write_comparison(comparison, out)
     announce(text_table(*overview(comparison.summary)))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from patchcore.comparison.folders import are_distinct_strings, is_integer, require_folder, why_no_run
+from patchcore.comparison.folders import are_distinct_strings, is_integer, why_no_run
 from patchcore.errors import ConfigurationError, DataError
 from patchcore.evaluation.fewshot import (
     FEWSHOT_METRICS,
@@ -72,8 +72,7 @@ def fewshot_curve(folders: Sequence[Path], out: Path, announce: Callable[[str], 
     """
     runs = [_read_run(folder) for folder in folders]
     _require_comparable(runs)
-    require_folder(out)
-    run_folder.require_writable(out)
+    run_folder.require_output_folder(out)
     observations = [o for run in runs for o in _observations(run)]
     if not observations:
         raise ConfigurationError("no class is finished in any of the run folders: let at least one run end")

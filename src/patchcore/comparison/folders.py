@@ -1,20 +1,9 @@
-"""What may be wrong with the folders that a comparison is given."""
+"""What may be wrong with the run folders that a comparison is given."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-
-from patchcore.errors import ConfigurationError
-
-
-def require_folder(out: Path) -> None:
-    """Raise ConfigurationError if there is something else than a folder where `out` is to be."""
-    for path in (out, *out.parents):
-        if os.path.lexists(path) and not os.path.isdir(path):
-            raise ConfigurationError(
-                f"--out {str(out)!r}: {str(path)!r} is no folder, expected one or a name that is free"
-            )
 
 
 def why_no_run(folder: Path, error: Exception) -> str:

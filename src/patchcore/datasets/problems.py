@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from patchcore.configs import PreprocessingConfig
+from patchcore.configs import PreprocessingConfig, ResNetKNNConfig
 from patchcore.datasets.exploration import TEST, TRAIN, ClassFacts, ImageFacts, Pixels, duplicates
 from patchcore.datasets.images import place
 from patchcore.datasets.inspection import DARK_LEVEL, GOOD, Fault
 
 ERROR, WARNING = "error", "warning"
-KNN_NEIGHBOURS = 50  # of resnet_knn, each for an image that does not find itself
+KNN_NEIGHBOURS = ResNetKNNConfig.num_neighbours  # each for an image that does not find itself
 FEW_GOOD_TEST_IMAGES = 10
 INVERTED_FRACTION = 0.9  # of an image: no defect covers so much of it, the background of an inverted mask does
 UNUSUAL_CROP = 0.01  # share of the area lost beyond that of a square image

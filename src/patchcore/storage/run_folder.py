@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -125,6 +126,16 @@ def require_writable(folder: Path) -> None:
         Path(tempfile.mkdtemp(dir=existing, prefix=".write_test")).rmdir()
     except OSError as error:
         raise ConfigurationError(f"results path {str(folder)!r} cannot be written ({error.strerror})") from error
+
+
+def require_output_folder(out: Path) -> None:
+    """Raise ConfigurationError unless `out` is a folder or can become one, and can be written; leaves no trace."""
+    for path in (out, *out.parents):
+        if os.path.lexists(path) and not os.path.isdir(path):
+            raise ConfigurationError(
+                f"--out {str(out)!r}: {str(path)!r} is no folder, expected one or a name that is free"
+            )
+    require_writable(out)
 
 
 def is_unused(folder: Path) -> bool:
