@@ -471,3 +471,49 @@ def test_a_mistyped_layer_is_found_before_weights_are_fetched(monkeypatch: pytes
     monkeypatch.setattr(extractor_module, "load_backbone", fetched)
     with pytest.raises(ConfigurationError, match="did you mean layer2"):
         extractor_module.build_extractor(BackboneConfig("wideresnet50", ("layer22",)), 64)
+
+
+# ---------------------------------------------------------------- activations in place
+
+
+def test_activations_behind_folded_norms_work_in_place(resnet: Backbone) -> None:
+    extractor = FeatureExtractor(resnet, ["layer1", "layer2"], "imagenet", IMAGESIZE)
+    activations = [m for m in extractor.modules() if isinstance(m, nn.ReLU)]
+    assert activations and all(m.inplace for m in activations)
+    assert not any(m.inplace for m in resnet.module.modules() if isinstance(m, nn.ReLU)), "they are shared"
+    first = extractor(random_images())
+    kept = {layer: maps.clone() for layer, maps in first.items()}
+    extractor(random_images(1))
+    assert_same_maps(first, kept)
+
+
+def test_an_activation_leaves_alone_what_a_layer_gave() -> None:
+    """The container returns the norm's own tensor, which the activation behind it must not change."""
+    inner = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    network = nn.Sequential(inner, nn.ReLU(inplace=True), nn.Conv2d(4, 4, 3)).eval()
+    extractor = extractor_of(network, ["0", "2"])
+    assert float(extractor(random_images())["0"].min()) < 0
+
+
+class UsesANormTwice(nn.Module):
+    """A network that an activation in place would change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.norm = nn.BatchNorm2d(4)
+        self.activation = nn.ReLU(inplace=False)
+        self.last = nn.Conv2d(4, 4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        normed = self.norm(self.conv(x))
+        return self.last(self.activation(normed) - normed)
+
+
+def test_a_norm_that_is_used_twice_is_folded_but_not_overwritten() -> None:
+    torch.manual_seed(0)
+    network = UsesANormTwice().eval()
+    extractor = extractor_of(network, ["last"])
+    images = random_images()
+    assert_same_maps(extractor(images), hooked_maps(network, ["last"], images))
+    assert not any(getattr(m, "inplace", False) for m in extractor.modules())

@@ -8,6 +8,7 @@ import logging
 import os
 import resource
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -196,7 +197,14 @@ def over_threads(
 @functools.lru_cache(maxsize=1)
 def _single_threads(count: int) -> ThreadPoolExecutor:
     """Return threads in each of which torch computes with one."""
-    return ThreadPoolExecutor(count, "over_threads", initializer=_compute_with_one_thread)
+    pool = ThreadPoolExecutor(count, "over_threads", initializer=_compute_with_one_thread)
+    # All of them start now: one that started later would set the number of threads behind the back of its caller.
+    together = threading.Barrier(count)
+    list(pool.map(lambda _: together.wait(), range(count)))
+    return pool
+
+
+os.register_at_fork(after_in_child=_single_threads.cache_clear)  # a child process has none of these threads
 
 
 def _compute_with_one_thread() -> None:

@@ -73,23 +73,30 @@ def _folded(module: nn.Module, pairs: Mapping[str, str], in_place: set[str]) -> 
 def _fed_activations(module: nn.Module, example: torch.Tensor, norms: set[str], layers: set[str]) -> set[str]:
     """Return the activations that know how to work in place, and at each call get what one of the norms gave.
 
-    The tensor may have been added to in place since, as at the end of a block.
+    The tensor may have been added to in place since, as at the end of a block. It must not be what a layer gave: a
+    container that ends in a norm returns the norm's own tensor.
     """
     produced: dict[int, torch.Tensor] = {}  # holds the tensors, so that no address is used again
+    asked_for: dict[int, torch.Tensor] = {}
     fed: dict[str, bool] = {}
+
+    def keep_layer(part: nn.Module, inputs: Any, output: Any) -> None:
+        asked_for[id(output)] = output
 
     def keep(part: nn.Module, inputs: Any, output: torch.Tensor) -> None:
         produced[id(output)] = output
 
     def watch(name: str) -> Any:
         def before(part: nn.Module, inputs: tuple[Any, ...]) -> None:
-            fed[name] = fed.get(name, True) and bool(inputs) and id(inputs[0]) in produced
+            given = id(inputs[0]) if inputs else None
+            fed[name] = fed.get(name, True) and given in produced and given not in asked_for
 
         return before
 
     parts = dict(module.named_modules())
     inside = {f"{norm}.act" for norm in norms}  # fed with what the norm itself computes
     handles = [parts[norm].register_forward_hook(keep) for norm in norms]
+    handles += [parts[layer].register_forward_hook(keep_layer) for layer in layers]
     able = {name for name, part in parts.items() if getattr(part, "inplace", None) is False} - layers
     handles += [parts[name].register_forward_pre_hook(watch(name)) for name in able - inside]
     run_hooked(module, example, handles)

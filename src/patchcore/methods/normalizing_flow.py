@@ -356,8 +356,11 @@ class FastFlowNet(nn.Module):
             float32 [B, h, w] on the finest of the grids, higher is more anomalous.
         """
         if map_mode == "prob":
-            mean = _mean_on_finest([mean_probability(squares) for squares in self._mean_squares(features)])
-            return -mean.clamp(min=torch.finfo(mean.dtype).tiny).log2()
+            # In float32 all energies above 87 would be one probability, 0.
+            exact = torch.float32 if self.spread.device.type == "mps" else torch.float64
+            squares = [of_flow.to(exact) for of_flow in self._mean_squares(features)]
+            mean = _mean_on_finest([mean_probability(of_flow) for of_flow in squares])
+            return -mean.clamp(min=torch.finfo(exact).tiny).log2().to(self.spread.dtype)
         grids = self._likelihoods(features)
         if map_mode == "weighted":
             grids = [grid / spread for grid, spread in zip(grids, self.spread, strict=True)]
