@@ -28,7 +28,8 @@ fi
 
 # train GROUP METHOD [OPTIONS OF THE METHOD ...]
 train() {
-    "$PYTHON" "$root/bin/run_baselines.py" --gpu 0 --seed 0 --save_model --save_segmentation_images \
+    "$PYTHON" "$root/bin/run_baselines.py" --gpu 0 --seed 0 \
+        --save_model --save_segmentation_images --save_anomaly_scores \
         --log_group "$(group_name "$1")" "$RESULTS" \
         "${@:2}" \
         dataset --resize 256 --imagesize 224 "${class_flags[@]}" mpdd "$datapath" ${flags[@]+"${flags[@]}"}

@@ -15,7 +15,7 @@ from patchcore.runtime import log_to_console
 @click.command("explore_dataset", cls=OneLineErrors)
 @with_options(
     *DATASET_ARGUMENTS,
-    click.option("--out", required=True, help="Folder of the files; those of an earlier exploration are replaced."),
+    click.option("--out", required=True, help="Folder of the files; those of the same name are replaced."),
     CATEGORIES_OPTION,
     *PREPROCESSING_OPTIONS,
 )
