@@ -34,3 +34,4 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/shellcheck -x bash/*.sh sample_*.sh
+	$(BIN)/oxlint --deny-warnings -D correctness -D suspicious src/patchcore/report_html
