@@ -87,7 +87,7 @@ class Browser:
 
     def require_quiet(self) -> None:
         """Fail if a page wrote an error to the console or asked for an address outside."""
-        errors = [e["message"] for e in self.driver.get_log("browser") if e["level"] in ("SEVERE", "WARNING")]
+        errors = [e["message"] for e in self.driver.get_log("browser") if e["level"] == "SEVERE"]
         assert not errors, errors
         events = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
         asked = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]

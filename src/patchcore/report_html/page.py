@@ -83,9 +83,13 @@ def render_page(content: ReportContent) -> bytes:
         gallery=_script_json(content.gallery),
         channels=_colour_channels(),
         stops=_colour_stops(),
-        json_text=lambda value: json.dumps(value, indent=2, ensure_ascii=False),
+        json_text=_readable_json,
     )
     return page.encode("utf-8", "backslashreplace")
+
+
+def _readable_json(value: object) -> str:
+    return "\n".join(map(display_text, json.dumps(value, indent=2, ensure_ascii=False).split("\n")))
 
 
 def _script_json(value: object) -> str:
