@@ -59,6 +59,12 @@ class Browser:
         )
         return found
 
+    def press(self, key: str) -> None:
+        """Press a key where the focus is."""
+        from selenium.webdriver.common.action_chains import ActionChains
+
+        ActionChains(self.driver).send_keys(key).perform()
+
     def choose(self, selector: str, value: str) -> None:
         """Choose an option, or set a slider or a number, as a user's input would."""
         self.run(

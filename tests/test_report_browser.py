@@ -52,7 +52,7 @@ def expected_counts(run: Path, threshold: float, row_name: str = "mpdd_plate") -
         bad, called = row["label"] == "1", float(row["normalized_score"]) > threshold
         found, missed = found + (bad and called), missed + (bad and not called)
         alarms, passed = alarms + (not bad and called), passed + (not bad and not called)
-    precision = f"{found / (found + alarms):.3f}" if found + alarms else "–"
+    precision = f"{found / (found + alarms):.3f}" if found + alarms else "\u2013"
     return [str(found), str(missed), str(alarms), str(passed), precision, f"{found / (found + missed):.3f}"]
 
 
@@ -161,11 +161,10 @@ def test_the_large_view(tmp_path: Path, two_methods: Sequence[Path], browser: Br
     assert browser.run("return document.getElementById('viewer').open")
     assert paths[1] in browser.find("#viewer-title").text
     assert browser.find("#viewer-facts").text.startswith("FLOW · score 0.")
-    body = browser.find("#viewer")
     right, up, left = "\ue014", "\ue013", "\ue012"
     pressed = ((right, 2, "FLOW"), (up, 2, "PC"), (left, 1, "PC"), (left, 0, "PC"), (left, 19, "PC"))
     for key, place, label in pressed:
-        body.send_keys(key)
+        browser.press(key)
         assert paths[place] in browser.find("#viewer-title").text
         assert browser.find("#viewer-facts").text.startswith(label)
     style = "return getComputedStyle(document.querySelector('#stage ' + arguments[0]))[arguments[1]]"
@@ -180,7 +179,7 @@ def test_the_large_view(tmp_path: Path, two_methods: Sequence[Path], browser: Br
         assert browser.run(style, line, "display") == "none"
     browser.find("#next").click()
     assert paths[defective + 1] in browser.find("#viewer-title").text
-    browser.find("#viewer").send_keys("\ue00c")
+    browser.press("\ue00c")
     assert not browser.run("return document.getElementById('viewer').open")
 
 
@@ -188,10 +187,10 @@ def test_keyboard_alone_reaches_an_image(tmp_path: Path, two_methods: Sequence[P
     browser.open(page_of(tmp_path, *two_methods))
     browser.run("document.querySelector('.card .view').focus()")
     outline = "return getComputedStyle(document.activeElement).outlineStyle"
-    browser.driver.switch_to.active_element.send_keys("\t")
+    browser.press("\t")
     assert browser.run("return document.activeElement.className") == "view"
     assert browser.run(outline) != "none"
-    browser.driver.switch_to.active_element.send_keys("\n")
+    browser.press("\n")
     assert browser.run("return document.getElementById('viewer').open")
     names = browser.run(
         "return [...document.querySelectorAll('input, select, button, img')].filter((e) => e.offsetParent && !("

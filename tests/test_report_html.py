@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -203,7 +204,7 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
     assert all("picture" not in image and image["maps"] == {} for image in shown["images"])
     for sentence in (
         "first seed of each method",
-        "20 of 20 test images are no longer",
+        "20 of 20 test images are not in /data",
         "without --save_anomaly_scores",
     ):
         assert sentence in page.text
@@ -229,11 +230,6 @@ def test_a_real_run_stores_the_scale_of_its_maps(tmp_path: Path, small_dataset: 
     first = shown["images"][0]
     expected = np.asarray(Image.open(small_dataset / first["path"]).convert("RGB")).astype(float)
     assert np.abs(decoded(first["picture"]) - expected).mean() < 8  # the noise that the encoder takes away
-    assert "--save_anomaly_scores" in report_text(tmp_path)
-
-
-def report_text(tmp_path: Path) -> str:
-    return Page(tmp_path / "out" / "report.html").text
 
 
 # --- Pictures ---------------------------------------------------------------------------------------------------------
@@ -252,10 +248,10 @@ def test_the_outline_encloses_what_lies_above() -> None:
 
 
 def test_the_outline_is_closed_at_the_border() -> None:
-    assert area(outline_path(np.ones((10, 16), bool), 0.5)) == pytest.approx(160, rel=0.05)
+    assert area(outline_path(np.ones((10, 16), bool), 0.5)) == pytest.approx(160, rel=0.01)
     values = np.zeros((10, 16))
     values[:, :8] = -5.0
-    assert area(outline_path(values, -1.0)) == pytest.approx(80, rel=0.2)
+    assert area(outline_path(values, -1.0)) == pytest.approx(77, rel=0.01)
 
 
 def test_ragged_outlines_get_coarser_and_keep_small_regions() -> None:
@@ -313,7 +309,7 @@ def made_class(scores: list[list[float]], labels: list[bool], **changes: Any) ->
     picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     names = [f"{i}.png" for i in range(len(labels))]
     types = ["dent" if bad else "good" for bad in labels]
-    return GalleryClass("mpdd_plate", names, types, np.array(labels), methods, lambda _: picture)
+    return GalleryClass("mpdd_plate", names, types, np.array(labels), methods, lambda _: picture, "data")
 
 
 def test_disagreement_and_rank_by_hand() -> None:
@@ -340,7 +336,7 @@ def test_pictures_beyond_the_limit_go_and_scores_stay() -> None:
 
 def test_images_of_their_own_size_have_maps_of_that_size() -> None:
     shown = made_class([[0.0, 2.0]], [False, True], sizes=np.array([[8, 8], [4, 6]]))
-    shown = GalleryClass(shown.name, shown.paths, shown.defect_types, shown.labels, shown.methods, lambda _: None)
+    shown = replace(shown, crop=lambda _: None)
     first, second = gallery_data([shown], 10**6)[0]["images"]
     assert (first["size"], second["size"]) == ([8, 8], [6, 4])
     assert second["maps"]["0"]["areaPx"] == 24 and second["maps"]["0"]["areaShare"] == 1
@@ -351,7 +347,7 @@ def test_padding_is_no_area() -> None:
     maps, masks = np.full((1, 8, 8), 2.0, np.float32), np.full((1, 8, 8), 255, np.uint8)
     masks[0, :4] = 1
     method = GalleryMethod("m", 0, np.array([1.0]), None, lambda: MethodMaps(maps, masks, None, (0.0, 1.0)), "")
-    shown = GalleryClass("c", ["a.png"], ["dent"], np.array([True]), [method], lambda _: None)
+    shown = GalleryClass("c", ["a.png"], ["dent"], np.array([True]), [method], lambda _: None, "data")
     entry = gallery_data([shown], 10**6)[0]["images"][0]
     assert (entry["truthPx"], entry["maps"]["0"]["areaPx"], entry["maps"]["0"]["areaShare"]) == (32, 32, 1.0)
 

@@ -10,9 +10,11 @@ from typing import Any
 from patchcore.comparison.alignment import row_names
 from patchcore.comparison.methods import Method
 from patchcore.comparison.runs import ClassRun, Run
+from patchcore.config_json import config_from_dict
+from patchcore.configs import PreprocessingConfig
 from patchcore.report_html.gallery import GalleryClass, GalleryMethod, MethodMaps, gallery_data
 from patchcore.report_html.page import ReportContent, RunDescription, render_page
-from patchcore.report_html.pictures import ImageFolder, preprocessing_of
+from patchcore.report_html.pictures import ImageFolder
 
 MAX_PICTURE_BYTES = 22_000_000  # leaves room for plots and numbers in a page of 25 MB
 PLOT_TITLES = {
@@ -55,7 +57,8 @@ def _gallery_class(row_name: str, methods: Sequence[Method]) -> GalleryClass:
     """Return what the gallery shows of a class: of each method the run with the first seed."""
     shown = [(method.label, method.classes[row_name][0]) for method in methods if row_name in method.classes]
     first = shown[0][1]
-    folder = ImageFolder(Path(first.run.config["dataset"]["path"]), preprocessing_of(first.setting.preprocessing))
+    preprocessing = config_from_dict(PreprocessingConfig, first.setting.preprocessing, str(first.run.folder))
+    folder = ImageFolder(Path(first.run.config["dataset"]["path"]), preprocessing)
     return GalleryClass(
         name=row_name,
         paths=first.images.paths,
@@ -63,6 +66,7 @@ def _gallery_class(row_name: str, methods: Sequence[Method]) -> GalleryClass:
         labels=first.images.labels,
         methods=[_gallery_method(label, run, first) for label, run in shown],
         crop=folder.crop,
+        folder=str(folder.root),
     )
 
 
@@ -99,8 +103,8 @@ def _notes(gallery: Sequence[Mapping[str, Any]], methods: Sequence[Method]) -> I
             )
         if missing:
             yield (
-                f"{row['name']}: {missing} of {len(row['images'])} test images are no longer where the run read them: "
-                "heat maps stand on an empty ground."
+                f"{row['name']}: {missing} of {len(row['images'])} test images are not in {row['folder']}, "
+                "where the run read them: the gallery is without them."
             )
         for method in row["methods"]:
             if method["noMaps"]:

@@ -92,6 +92,7 @@ class GalleryClass:
         labels: bool [N], True for defective.
         methods: Those that finished the class.
         crop: Returns what was scored of an image, uint8 [H, W, 3]; None where it is not to be had.
+        folder: Where the images were, for a reader.
     """
 
     name: str
@@ -100,6 +101,7 @@ class GalleryClass:
     labels: np.ndarray
     methods: Sequence[GalleryMethod]
     crop: Callable[[str], np.ndarray | None]
+    folder: str
 
 
 def gallery_data(classes: Sequence[GalleryClass], max_bytes: int) -> list[dict[str, Any]]:
@@ -139,7 +141,12 @@ def _class_row(shown: GalleryClass, max_bytes: int) -> tuple[dict[str, Any], int
             image["picture"] = _data_uri(image_bytes(crop))
             image.setdefault("size", list(crop.shape[1::-1]))
     used = _keep_within(images, _importance(shown, disagreement), max_bytes)
-    row = {"name": display_text(shown.name), "methods": methods, "images": images}
+    row = {
+        "name": display_text(shown.name),
+        "folder": display_text(shown.folder),
+        "methods": methods,
+        "images": images,
+    }
     return row, used
 
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -102,11 +100,6 @@ def display_scale(maps: list[np.ndarray], good: np.ndarray, quantile: float) -> 
     return HeatScale.up_to_threshold(low, float(np.quantile([m.max() for m in normal], quantile)))
 
 
-def preprocessing_of(stored: Mapping[str, Any]) -> PreprocessingConfig:
-    """Return resize and crop as config.json names them."""
-    return PreprocessingConfig(**stored)
-
-
 def _side(values: np.ndarray) -> int:
     return min(PICTURE_PX, max(values.shape[:2]))
 
@@ -119,8 +112,11 @@ def _webp(picture: Image.Image, quality: int) -> bytes:
 
 def _path(values: np.ndarray, level: float, step: int) -> str:
     """Return the outline of values that stand for `step` px each."""
-    outside = min(float(values.min()), level) - 1.0
-    padded = np.pad(values.astype(np.float64), 1, constant_values=outside)
+    padded = np.pad(values.astype(np.float64), 1, mode="edge")
+    margin = np.ones(padded.shape, bool)
+    margin[1:-1, 1:-1] = False
+    # Reflected at the level: the line then runs along the border where the image goes on above it.
+    padded[margin] = np.minimum(padded, 2 * level - padded)[margin]
     tolerance = TOLERANCE_PX * max(values.shape) / min(PICTURE_PX, max(values.shape))
     pieces = []
     for contour in find_contours(padded, level):

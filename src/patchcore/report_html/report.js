@@ -127,11 +127,8 @@ function frame(image, m) {
   if (entry.heat) {
     box.append(element("img", { src: entry.heat, alt: "", class: "heat" }));
   }
-  if (!image.picture && !entry.heat) {
-    const text = m >= 0 && current().methods[m].noMaps ? "no heat map" : "no picture";
-    box.append(element("span", { class: "empty" }, text));
-  } else if (m >= 0 && !entry.heat) {
-    box.append(element("span", { class: "empty" }, "no heat map"));
+  if (m >= 0 ? !entry.heat : !image.picture) {
+    box.append(element("span", { class: "empty" }, m >= 0 ? "no heat map" : "no picture"));
   }
   if (image.size) {
     box.append(drawing(image.size, [["truth-line", image.truth], ["decision-line", entry.outline]]));
@@ -308,7 +305,8 @@ const large = { image: 0, method: 0 };
 
 function drawViewer() {
   const image = current().images[large.image];
-  const box = frame(image, large.method);
+  const hasHeat = Boolean(image.maps[large.method]?.heat);
+  const box = frame(image, hasHeat ? large.method : -1);
   const [width, height] = image.size || [1, 1];
   box.style.width = `min(100%, ${(64 * width) / height}dvh)`;
   box.setAttribute("role", "img");
@@ -319,7 +317,7 @@ function drawViewer() {
   const place = `${state.ids.indexOf(large.image) + 1} of ${state.ids.length}`;
   const facts = [
     current().methods[large.method].label, scoreText(large.method, large.image),
-    decisionText(large.method, large.image)[0], areaText(image, large.method), place,
+    decisionText(large.method, large.image)[0], areaText(image, large.method), hasHeat ? "" : "no heat map", place,
   ];
   byId("viewer-facts").textContent = facts.filter(Boolean).join(" · ");
   drawOverlay();

@@ -51,7 +51,7 @@ def overview_table(summary: Mapping[str, Any]) -> Table:
     last = summary["results"][-1]["class"]
     found = {(r["method"], r["metric"]): r for r in summary["results"] if r["class"] == last}
     latency = {row["method"]: row["latency_p50_ms"] for row in summary["speed"] if row["class"] is None}
-    shown = [m for m in summary["metrics"] if any(found.get((x["label"], m)) for x in summary["methods"])]
+    shown = [m for m in summary["metrics"] if any(r["mean"] is not None for (_, own), r in found.items() if own == m)]
     rows = [
         [
             _name(method["label"]),
