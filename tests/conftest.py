@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from headless import Browser, why_no_browser
 from PIL import Image
 
 REPOSITORY = Path(__file__).parent.parent
@@ -60,12 +61,12 @@ def small_dataset(tmp_path: Path) -> Path:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Fail a test of real images that was skipped although the images are there."""
+    """Fail a test of real images or of a browser that was skipped where continuous integration has both."""
     report = yield
-    uses_real_data = "real_data" in getattr(item, "fixturenames", ())
-    if report.skipped and uses_real_data and "PATCHCORE_TEST_DATA" in os.environ:
+    needs = {"real_data", "browser"} & set(getattr(item, "fixturenames", ()))
+    if report.skipped and needs and "PATCHCORE_TEST_DATA" in os.environ:
         report.outcome = "failed"
-        report.longrepr = f"{item.nodeid} was skipped although PATCHCORE_TEST_DATA is set"
+        report.longrepr = f"{item.nodeid} was skipped although PATCHCORE_TEST_DATA is set ({report.longrepr})"
     return report
 
 
@@ -84,6 +85,20 @@ def real_data() -> Path:
     if "PATCHCORE_TEST_DATA" not in os.environ:
         pytest.skip("PATCHCORE_TEST_DATA does not name a folder with real images")
     return Path(os.environ["PATCHCORE_TEST_DATA"])
+
+
+@pytest.fixture
+def browser() -> Iterator[Browser]:
+    """A headless Chromium; the test fails if a page wrote an error to the console or asked for an address outside."""
+    missing = why_no_browser()
+    if missing is not None:
+        pytest.skip(missing)
+    opened = Browser()
+    try:
+        yield opened
+        opened.require_quiet()
+    finally:
+        opened.quit()
 
 
 RunCommand = Callable[..., "subprocess.CompletedProcess[str]"]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from patchcore.evaluation.summary import class_metrics, defect_metrics
 from patchcore.storage.run_folder import (
@@ -24,6 +25,7 @@ SIDE_PX = 32
 PREPROCESSING = {"resize_px": 36, "imagesize_px": SIDE_PX, "resize_mode": "shorter", "max_side_px": None}
 DEFECT_TYPES = ("dent", "scratch")
 THRESHOLD = 1.5
+PIXEL_SCALE = (0.0, 2.5)
 
 
 def ground_truth(category: str, num_good: int, num_per_type: int) -> tuple[list[str], list[str], np.ndarray]:
@@ -61,6 +63,8 @@ def write_run(
     preprocessing: Mapping[str, Any] = PREPROCESSING,
     latency_ms: float = 20.0,
     dataset: str = "mpdd",
+    data_path: str | Path = "/data",
+    command: str | None = None,
 ) -> Path:
     """Write one run folder; scores of defective images and defect pixels lie `quality` standard deviations higher.
 
@@ -75,13 +79,15 @@ def write_run(
         leave_out: Paths of test images that the run has not.
         calibrated: Whether there is a threshold.
         defect_px: Whether the scores have the column of that name.
+        data_path: Where the images are said to be.
+        command: What is said to have been typed.
     """
     folder = root / name
     config: dict[str, Any] = {
         "method": method,
         "dataset": {
             "name": dataset,
-            "path": "/data",
+            "path": str(data_path),
             "categories": [*classes],
             "preprocessing": dict(preprocessing),
             "train_val_split": 1.0,
@@ -96,7 +102,8 @@ def write_run(
         config["method_config_of_class"] = dict(config_of_class)
     else:
         config["method_config"] = dict(method_config or {"num_nn": 1})
-    write_run_config(folder, config, {"device": "cpu", "threads": 1})
+    environment = {"device": "cpu", "threads": 1} | ({"command": command} if command else {})
+    write_run_config(folder, config, environment)
     for category in classes:
         if category in unfinished:
             continue
@@ -121,7 +128,9 @@ def write_run(
         metrics = class_metrics(scores, labels, own_maps, own_masks, threshold)
         write_scores(folder / "anomaly_scores" / f"{row_name}.csv", paths, types, scores, masks, calibrated, defect_px)
         if maps and save_maps:
-            write_anomaly_maps(folder / "anomaly_scores" / f"{row_name}.npz", all_maps, masks, paths)
+            pixel_scale = PIXEL_SCALE if calibrated else None
+            maps_path = folder / "anomaly_scores" / f"{row_name}.npz"
+            write_anomaly_maps(maps_path, all_maps, masks, paths, pixel_scale=pixel_scale)
         save_class_result(folder, ClassResult(row_name, metrics, rows, timings))
     return folder
 
@@ -151,3 +160,12 @@ def write_scores(
         for i in range(len(paths))
     ]
     write_image_scores(path, rows)
+
+
+def write_images(root: Path, paths: Sequence[str], side_px: int = 40) -> None:
+    """Write a picture for each of the paths: stripes that differ between images."""
+    for i, path in enumerate(paths):
+        rows = np.arange(side_px)[:, None, None]
+        pixels = 120 + 60 * np.sin(rows / 3 + i) + np.zeros((side_px, side_px, 3))
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.astype(np.uint8)).save(root / path, format="PNG")

@@ -31,7 +31,8 @@ ALLOWED = {
     "prediction": {"methods", "storage"},
     "stored_models": {"prediction", "storage"},
     "pipeline": {"class_run", "stored_models", "methods", "datasets", "evaluation", "storage", "tracking"},
-    "comparison": {"storage", "evaluation", "presets"},
+    "comparison": {"storage", "evaluation", "presets", "report_html"},
+    "report_html": {"datasets", "evaluation"},
     "presets": set(),
     "tracking": set(),
     "exploration": {"datasets", "evaluation", "storage"},
@@ -45,6 +46,7 @@ CLI_CALLBACKS_MAY_IMPORT = {"pipeline", "stored_models", "datasets", "features",
 ONE_HOME = {
     "FrEIA": "methods/normalizing_flow.py",
     "click": "cli/",
+    "jinja2": "report_html/page.py",
     "faiss": "memory/nearest_neighbours.py",
     "matplotlib": "evaluation/plots/",
     "timm": "features/backbones.py",
@@ -52,7 +54,13 @@ ONE_HOME = {
     "wandb": "tracking.py",
 }
 OPTIONAL = {"faiss-cpu", "wandb"}  # extras
-DISTRIBUTION = {"PIL": "pillow", "skimage": "scikit-image", "sklearn": "scikit-learn", "faiss": "faiss-cpu"}
+DISTRIBUTION = {
+    "PIL": "pillow",
+    "jinja2": "Jinja2",
+    "skimage": "scikit-image",
+    "sklearn": "scikit-learn",
+    "faiss": "faiss-cpu",
+}
 
 
 def imports(path: Path, inside_functions: bool) -> Iterator[str]:

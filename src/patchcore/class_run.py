@@ -38,7 +38,6 @@ LATENCY_WARMUP = 2
 LATENCY_SECONDS = 10  # of measuring, after which LATENCY_IMAGES_AT_LEAST are enough
 LATENCY_IMAGES_AT_LEAST = 3
 EPOCH_METRICS = ("instance_auroc", "full_pixel_auroc")
-SCALE_HEADROOM = 1.5  # the threshold lies at two thirds of the colour scale: defects beyond it still differ
 
 
 @dataclass(frozen=True)
@@ -379,7 +378,7 @@ def _write_scores(
     if task.outputs.anomaly_maps and result.maps is not None:
         path = task.folder / "anomaly_scores" / f"{row_name}.npz"
         own_sizes = result.sizes if test.preprocessing.max_side_px is not None else None
-        run_folder.write_anomaly_maps(path, result.maps, result.masks, paths, own_sizes)
+        run_folder.write_anomaly_maps(path, result.maps, result.masks, paths, own_sizes, _pixel_scale(calibration))
 
 
 def _write_pictures(
@@ -402,12 +401,14 @@ def _write_pictures(
         write_bytes(folder / names[i], png_bytes(picture))
 
 
-def _heat_scale(maps: np.ndarray, calibration: Calibration | None) -> HeatScale:
-    """Return the colour scale of a class: an ordinary normal pixel is cold, the threshold warm.
-
-    Without calibration there is no threshold, and the scale spans the maps that are shown.
-    """
+def _pixel_scale(calibration: Calibration | None) -> tuple[float, float] | None:
+    """Return the map values of an ordinary normal pixel and of the pixel threshold; None without calibration."""
     if calibration is None or calibration.pixel is None or calibration.pixel_floor is None:
-        return HeatScale(float(maps.min()), float(maps.max()), None)
-    low, threshold = calibration.pixel_floor, calibration.pixel.threshold
-    return HeatScale(low, low + SCALE_HEADROOM * (threshold - low), threshold)
+        return None
+    return calibration.pixel_floor, calibration.pixel.threshold
+
+
+def _heat_scale(maps: np.ndarray, calibration: Calibration | None) -> HeatScale:
+    """Return the colour scale of a class; without calibration there is no threshold, and it spans the maps shown."""
+    scale = _pixel_scale(calibration)
+    return HeatScale(float(maps.min()), float(maps.max()), None) if scale is None else HeatScale.up_to_threshold(*scale)

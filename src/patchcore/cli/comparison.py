@@ -26,8 +26,11 @@ METHODS_HELP = (
 @click.option(
     "--image_metrics_only", is_flag=True, help="Leave pixel metrics out, so that runs may differ in resolution."
 )
+@click.option(
+    "--html", is_flag=True, help="Write report.html too: tables, plots and a gallery of the images, one file."
+)
 def compare_results(
-    run_folders: tuple[str, ...], out: str, published: bool, intersect: bool, image_metrics_only: bool
+    run_folders: tuple[str, ...], out: str, published: bool, intersect: bool, image_metrics_only: bool, html: bool
 ) -> int:
     """Tables, plots and summary.json of RUN_FOLDERS: any methods and classes, several seeds each.
 
@@ -37,7 +40,7 @@ def compare_results(
     from patchcore.comparison.compare import ComparisonOptions
     from patchcore.comparison.compare import compare_results as write_comparison
 
-    options = ComparisonOptions(intersect, published, image_metrics_only)
+    options = ComparisonOptions(intersect, published, image_metrics_only, html)
     complete = write_comparison([Path(folder) for folder in run_folders], Path(out), options, announce)
     return 0 if complete else EXIT_FAILED
 

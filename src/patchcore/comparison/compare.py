@@ -12,6 +12,7 @@ from typing import Any
 from patchcore.comparison.alignment import align_images, class_runs, require_same_resolution, row_names
 from patchcore.comparison.measurement import ClassMeasurement, measure_class
 from patchcore.comparison.methods import Method, enter_classes, fewshot_family, fewshot_label, group_runs
+from patchcore.comparison.report import report_page
 from patchcore.comparison.runs import read_classes, read_runs
 from patchcore.comparison.summary import FORMAT, build_summary
 from patchcore.errors import ConfigurationError, DataError
@@ -44,6 +45,7 @@ TABLES = {
     "comparison_by_size.csv": "by_size",
 }
 FEWSHOT_FILE = "fewshot_curve.png"
+REPORT_FILE = "report.html"
 FILES = (
     "comparison.md",
     "comparison.csv",
@@ -54,6 +56,7 @@ FILES = (
     "score_distributions.png",
     "pareto.png",
     FEWSHOT_FILE,
+    REPORT_FILE,
 )
 
 
@@ -65,11 +68,13 @@ class ComparisonOptions:
         intersect: Compare on the test images that all runs of a class have, instead of refusing other ones.
         published: Put published numbers of the same classes beside the measured ones.
         image_metrics_only: Leave pixel metrics blank, so that runs of different resolution can be compared.
+        html: Write report.html as well.
     """
 
     intersect: bool = False
     published: bool = False
     image_metrics_only: bool = False
+    html: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,9 +114,11 @@ def compare_results(
     """
     run_folder.require_output_folder(out)
     comparison = make_comparison(folders, options)
-    write_comparison(comparison, out)
+    write_comparison(comparison, out, options.html)
     announce(text_table(*overview(comparison.summary)))
     announce(f"comparison: {out}")
+    if options.html:
+        announce(f"report: {out / REPORT_FILE}")
     return not comparison.incomplete
 
 
@@ -146,9 +153,11 @@ def make_comparison(folders: Sequence[Path], options: ComparisonOptions) -> Comp
     return Comparison(summary, methods, fewshot, incomplete)
 
 
-def write_comparison(comparison: Comparison, out: Path) -> None:
+def write_comparison(comparison: Comparison, out: Path, html: bool = False) -> None:
     """Write all files of a comparison, those of an earlier one in `out` that have no successor removed."""
     contents = dict(_contents(comparison))  # first: what fails here has replaced no file
+    if html:
+        contents[REPORT_FILE] = _report(comparison, contents)
     stale = _files_of_earlier(out) - contents.keys()
     write_json(out / SUMMARY_FILE, {**comparison.summary, "files": sorted(contents)})
     for name, content in contents.items():
@@ -201,6 +210,14 @@ def _contents(comparison: Comparison) -> Iterator[tuple[str, Any]]:
             yield name, png_bytes(image)
     if comparison.fewshot:
         yield FEWSHOT_FILE, png_bytes(fewshot_picture(_curve_points(comparison.fewshot), MEAN_ROW))
+
+
+def _report(comparison: Comparison, contents: Mapping[str, Any]) -> bytes:
+    """Return the page, given the other files; maps that are damaged and that no metric needed are found here."""
+    try:
+        return report_page(comparison.summary, comparison.methods, contents)
+    except DataError as error:
+        raise ConfigurationError(str(error)) from error
 
 
 def _files_of_earlier(out: Path) -> set[str]:

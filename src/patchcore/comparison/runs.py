@@ -23,6 +23,8 @@ from patchcore.storage.run_folder import ClassResult
 
 LOGGER = logging.getLogger(__name__)
 
+NO_IMAGE = 255  # mask value of padding
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -54,12 +56,14 @@ class Run:
         settings: Per row name of its classes, in order: how it was made.
         seeds: Per row name: the seed; None for a stored model that is no longer where it was.
         environment: What it ran on.
+        config: All that was asked for.
     """
 
     folder: Path
     settings: dict[str, Setting]
     seeds: dict[str, int | None]
     environment: Mapping[str, Any]
+    config: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,24 @@ class ImageScores:
 
 
 @dataclass(frozen=True)
+class StoredMaps:
+    """The raw maps of one class of one run, in the order of its image scores.
+
+    Attributes:
+        maps: float32 [N, H, W].
+        masks: uint8 [N, H, W] in {0, 1, 255}: normal, defect, no part of the image; None without ground truth.
+        sizes: int64 [N, 2], height and width of each image, px; None where all have the size of the maps.
+        pixel_scale: Map values of an ordinary normal pixel and of the pixel threshold; None without calibration, and
+            in older runs.
+    """
+
+    maps: np.ndarray
+    masks: np.ndarray | None
+    sizes: np.ndarray | None
+    pixel_scale: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
 class ClassRun:
     """One finished class of one run."""
 
@@ -117,13 +139,18 @@ class ClassRun:
     def maps_path(self) -> Path:
         return self.run.folder / "anomaly_scores" / f"{self.row_name}.npz"
 
-    def maps_and_masks(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """Read maps float32 [N, H, W] and masks uint8 [N, H, W] in the order of `images`; None where there are none.
+    def stored_maps(self) -> StoredMaps | None:
+        """Read the maps of `images`, in their order; None where there are none.
 
         Raises:
             DataError: The file is damaged, or of other images.
         """
         return _read_maps(self.maps_path, self.images.paths)
+
+    def maps_and_masks(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Read maps float32 [N, H, W] and masks uint8 [N, H, W]; None where one is missing; raises as `stored_maps`."""
+        stored = self.stored_maps()
+        return None if stored is None or stored.masks is None else (stored.maps, stored.masks)
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
@@ -163,7 +190,7 @@ def _read_run(folder: Path) -> Run:
     if not are_distinct_strings(categories) or not (limit is None or is_integer(limit)):
         raise ConfigurationError(f"{str(folder)!r} is no run folder (its config.json is damaged): name run folders")
     by_row = {rows[c]: setting for c, setting in settings.items()}
-    return Run(folder, by_row, {rows[c]: seed for c, seed in seeds.items()}, environment)
+    return Run(folder, by_row, {rows[c]: seed for c, seed in seeds.items()}, environment, config)
 
 
 def _trained(config: Mapping[str, Any], categories: Sequence[str]) -> tuple[dict[str, Setting], dict[str, int | None]]:
@@ -271,19 +298,24 @@ def _require_sound(images: ImageScores) -> None:
         raise ValueError("an image occurs twice")
 
 
-def _read_maps(path: Path, image_paths: Sequence[str]) -> tuple[np.ndarray, np.ndarray] | None:
+def _read_maps(path: Path, image_paths: Sequence[str]) -> StoredMaps | None:
     if not path.is_file():
         return None
     try:
         with np.load(path, allow_pickle=False) as content:
-            if "masks" not in content:
-                return None
             names = [name.decode("utf-8", "surrogateescape") for name in content["paths"].tolist()]
             position = {name: i for i, name in enumerate(names)}
             chosen = np.array([position[name] for name in image_paths])
-            maps, masks = content["maps"][chosen], content["masks"][chosen]
+            maps = content["maps"][chosen]
+            masks, sizes = (content[name][chosen] if name in content else None for name in ("masks", "sizes"))
+            scale = tuple(map(float, content["pixel_scale"])) if "pixel_scale" in content else None
     except (OSError, ValueError, KeyError, IndexError, AttributeError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(f"{path} is damaged or of other images ({error}): evaluate the class again") from error
-    if maps.ndim != 3 or maps.shape != masks.shape or not np.isfinite(maps[masks != 255]).all():
+    if masks is not None and maps.shape != masks.shape:
         raise DataError(f"{path} is damaged (maps {maps.shape}, masks {masks.shape}): evaluate the class again")
-    return maps, masks
+    numbers = maps if masks is None else maps[masks != NO_IMAGE]
+    if maps.ndim != 3 or not np.isfinite(numbers).all():
+        raise DataError(f"{path} is damaged (maps {maps.shape} or no numbers): evaluate the class again")
+    if (scale is not None and len(scale) != 2) or (sizes is not None and sizes.shape != (len(maps), 2)):
+        raise DataError(f"{path} is damaged (sizes or pixel_scale): evaluate the class again")
+    return StoredMaps(maps, masks, sizes, scale)

@@ -332,6 +332,7 @@ def write_anomaly_maps(
     masks: np.ndarray | None,
     image_paths: Sequence[str],
     sizes: np.ndarray | None = None,
+    pixel_scale: tuple[float, float] | None = None,
 ) -> None:
     """Write raw anomaly maps as `.npz`.
 
@@ -342,9 +343,11 @@ def write_anomaly_maps(
         masks: `masks` uint8 [N, H, W] in {0, 1, 255}: normal, defect, no part of the image; None without ground truth.
         image_paths: `paths` [N], as bytes.
         sizes: `sizes` int64 [N, 2], height and width of each image, px; None where all have the size of the maps.
+        pixel_scale: `pixel_scale` float64 [2], the mean over the pixels of normal images and the pixel threshold; None
+            without calibration.
     """
     buffer = io.BytesIO()
     names = np.array([p.encode("utf-8", "surrogateescape") for p in image_paths])
-    arrays: dict[str, Any] = {"maps": maps, "masks": masks, "paths": names, "sizes": sizes}
+    arrays: dict[str, Any] = {"maps": maps, "masks": masks, "paths": names, "sizes": sizes, "pixel_scale": pixel_scale}
     np.savez(buffer, **{name: values for name, values in arrays.items() if values is not None})
     write_bytes(path, buffer.getvalue())

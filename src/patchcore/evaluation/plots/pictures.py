@@ -25,6 +25,7 @@ MUTED = (95, 102, 110)
 ALARM = (176, 0, 32)
 CONTOUR = (0, 229, 255)  # cyan: apart from every colour of the heat map, for colour-blind eyes too
 DEFECT_OVERLAY = (0, 229, 255)
+SCALE_HEADROOM = 1.5  # the threshold lies at two thirds of the colour scale: defects beyond it still differ
 MAX_NAME_BYTES = 200  # of a picture without suffix; file systems end at 255
 
 
@@ -41,6 +42,11 @@ class HeatScale:
     low: float
     high: float
     threshold: float | None
+
+    @classmethod
+    def up_to_threshold(cls, low: float, threshold: float) -> HeatScale:
+        """Return the scale on which an ordinary normal pixel is cold and the pixel threshold warm."""
+        return cls(low, low + SCALE_HEADROOM * (threshold - low), threshold)
 
     def levels(self, anomaly_map: np.ndarray) -> np.ndarray:
         """Return map values as shares of the scale, clipped to [0, 1]."""
@@ -153,7 +159,7 @@ def _heat_panel(image: np.ndarray, anomaly_map: np.ndarray, scale: HeatScale) ->
     gray = np.asarray(resized(image).convert("L")).astype(np.float64)[..., None]
     values = np.asarray(resized(anomaly_map.astype(np.float32)))  # [P, P]; fewer along a shorter side
     levels = scale.levels(values)
-    colours = _colour_table()[(levels * 255).astype(np.uint8)]  # [P, P, 3]
+    colours = colour_table()[(levels * 255).astype(np.uint8)]  # [P, P, 3]
     opacity = 0.25 + 0.55 * levels[..., None]
     blended = (1 - opacity) * gray + opacity * colours
     if scale.threshold is not None:
@@ -165,7 +171,7 @@ def _draw_scale(canvas: Image.Image, draw: ImageDraw.ImageDraw, left: int, scale
     """Draw the colour scale with the threshold marked."""
     bar = np.linspace(255, 0, PANEL_PX).astype(np.uint8)
     canvas.paste(
-        Image.fromarray(np.repeat(_colour_table()[bar].astype(np.uint8)[:, None], 18, axis=1)), (left, HEADER_PX)
+        Image.fromarray(np.repeat(colour_table()[bar].astype(np.uint8)[:, None], 18, axis=1)), (left, HEADER_PX)
     )
     low = scale.low if abs(scale.low) > 1e-3 * (scale.high - scale.low) else 0.0  # 0 but for rounding reads as 0
     marks = [(scale.high, f"{scale.high:.3g}"), (scale.low, f"{low:.3g}")]
@@ -204,6 +210,6 @@ def outline(flags: np.ndarray) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=1)
-def _colour_table() -> np.ndarray:
+def colour_table() -> np.ndarray:
     """Return 256 colours float64 [256, 3] in [0, 255]: perceptually uniform, readable in print."""
     return matplotlib.colormaps["inferno"](np.arange(256))[:, :3] * 255
