@@ -27,7 +27,7 @@ demo: $(INSTALLED)
 		patch_core -b efficientnet_lite0 -le blocks.2 -le blocks.4 --anomaly_scorer_num_nn 1 \
 		sampler -p 0.1 approx_greedy_coreset dataset --batch_size 8 mpdd demo/data
 	$(BIN)/python bin/run_fastflow.py $(DEMO_RUN) --log_group FastFlow --calibration split demo/results \
-		fastflow --backbone efficientnet_lite0 --epochs 10 \
+		fastflow --backbone efficientnet_lite0 --use_class_specific --epochs 10 \
 		dataset --batch_size 8 --train_val_split 0.8 mpdd demo/data
 	$(BIN)/python bin/run_baselines.py $(DEMO_RUN) --log_group ResNetKNN demo/results \
 		resnet_knn -b efficientnet_lite0 --clamp_k dataset --batch_size 8 mpdd demo/data
