@@ -156,6 +156,18 @@ def test_dropped_images_are_scored_one_after_the_other(page: Browser, models: Mo
         np.testing.assert_array_equal(np.asarray(picture(page, "Heat map")), np.asarray(expected.heat_map))
 
 
+def test_nothing_offers_to_send_a_picture_elsewhere(page: Browser, models: Models) -> None:
+    upload(page, models.images / "spot" / "000.png")
+    verdict(page, "000.png")
+    picture(page, "Heat map")
+    found = page.run(
+        "return [...document.querySelectorAll('button[aria-label], a[href]')].map(e => [e.ariaLabel, e.href])"
+    )
+    assert [label for label, _ in found if label], "the pictures have buttons"
+    assert not [label for label, _ in found if label and "share" in label.lower()]
+    assert not [href for _, href in found if href and not href.startswith(("http://127.0.0.1:", "data:", "blob:"))]
+
+
 def test_what_is_no_image_is_said_and_the_page_goes_on(page: Browser, models: Models, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("no image")
     upload(page, tmp_path / "notes.txt")

@@ -30,10 +30,11 @@ PICTURE_PX = 1024  # longer side of what the page shows
 MAX_PORT = 65535
 TEMPORARY_FOLDER = "GRADIO_TEMP_DIR"
 STYLE = """
+h1, .verdict h2 { font-family: system-ui, sans-serif; }
 .verdict { border-left: 0.5rem solid var(--body-text-color-subdued); padding: 0.25rem 1rem; }
 .verdict h2 { margin: 0; font-size: 1.6rem; overflow-wrap: anywhere; }
 .verdict dl { display: grid; grid-template-columns: max-content 1fr; gap: 0.25rem 1rem; margin: 0.5rem 0 0; }
-.verdict dt { color: var(--body-text-color-subdued); }
+.verdict dt { opacity: 0.8; }
 .verdict dd { margin: 0; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
 .verdict.anomalous { border-color: #b00020; }
 .verdict.anomalous h2 { color: #b00020; }
@@ -83,7 +84,7 @@ class Inspector:
             with self._one_at_a_time:
                 scored = score_image(self.detector, image, path)
         except DataError as error:
-            return Answer(_refusal_html(path.name, str(error).replace(str(path), path.name)))
+            return Answer(_refusal_html(path.name, _reason(error, path)))
         shown = _shown(image)
         return Answer(_verdict_html(path.name, image, scored, self._threshold), shown, self._heat_map(shown, scored))
 
@@ -127,6 +128,11 @@ class Inspector:
                 "pixel threshold."
             )
         return f"<p>{colours} Gray without colour: cut off before scoring, not inspected.</p>"
+
+
+def _reason(error: DataError, path: Path) -> str:
+    """Return what is wrong with a file, without the place where uploads are kept."""
+    return str(error).removeprefix(f"{path}: ").replace(str(path), path.name)
 
 
 def _reading(detector: AnomalyDetector) -> str:
@@ -274,9 +280,11 @@ def build_page(gradio: Any, inspector: Inspector) -> Any:
         )
         verdict = gradio.HTML()
         with gradio.Row():
-            pictures = [gradio.Image(label="Image", format="png", interactive=False)]
-            if has_maps:
-                pictures.append(gradio.Image(label="Heat map", format="png", interactive=False))
+            # Without the button that Gradio adds to share a picture on its maker's site.
+            pictures = [
+                gradio.Image(label=label, format="png", interactive=False, buttons=["download", "fullscreen"])
+                for label in (["Image", "Heat map"] if has_maps else ["Image"])
+            ]
         if has_maps:
             gradio.HTML(inspector.legend())
         upload.upload(answer, upload, [upload, verdict, *pictures], api_name="inspect")
