@@ -18,6 +18,7 @@ OFFLINE = [
 ]
 WANDB = ["wandb>=0.28.2"]  # before, a server that is down is retried for ever
 TENSORBOARD = ["tensorboard>=2.18"]  # before, it breaks with numpy 2
+WEB = ["gradio>=6.31"]  # as of 6.31, it takes Pillow 12 at most
 NOTEBOOKS = ["ipykernel>=6.29", "nbclient>=0.10", "nbformat>=5.10"]
 BROWSER = ["selenium>=4.20"]
 DEV = [
@@ -65,6 +66,7 @@ setup(
         "offline": OFFLINE,
         "wandb": WANDB,
         "tensorboard": TENSORBOARD,
-        "dev": [*DEV, *BROWSER, *NOTEBOOKS, *WANDB, *TENSORBOARD],
+        "web": WEB,
+        "dev": [*DEV, *BROWSER, *NOTEBOOKS, *WANDB, *TENSORBOARD, *WEB],
     },
 )

@@ -339,7 +339,7 @@ def test_pictures_show_each_image_without_margin(finished: Path, expected: dict[
     with open(finished / "models" / "folder_part" / "model.json", encoding="utf-8") as file:
         calibration = json.load(file)["calibration"]
     low, threshold = calibration["pixel_floor"], calibration["pixel"]["threshold"]
-    scale = HeatScale(low, low + class_run.SCALE_HEADROOM * (threshold - low), threshold)
+    scale = HeatScale(low, low + 1.5 * (threshold - low), threshold)
     for i, (name, e) in enumerate(expected.items()):
         height, width = e.mask.shape
         anomaly_map = stored["maps"][i, :height, :width]

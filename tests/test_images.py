@@ -20,6 +20,7 @@ from patchcore.datasets.images import (
     Placement,
     crop_image,
     crop_labels,
+    map_on_image,
     place,
     read_image,
     read_mask,
@@ -465,6 +466,47 @@ def test_mask_lies_on_its_defect(mode: str, height: int, width: int) -> None:
     for axis in (0, 1):
         spans = [np.flatnonzero((found & inside).any(axis=axis))[[0, -1]] for found in (bright, labels == 1)]
         assert np.abs(spans[0] - spans[1]).max() <= 1
+
+
+def test_map_on_image_by_hand() -> None:
+    values = np.array([[1, 2], [3, 4]], dtype=np.float32)
+    nothing = float("nan")
+    # The crop is the middle of an image that was not resized.
+    middle = map_on_image(values, Placement(4, 4, 1, 1, 2, 2), 4, 4)
+    expected = np.full((4, 4), nothing)
+    expected[1:3, 1:3] = values
+    np.testing.assert_array_equal(middle, expected)
+    # The crop reaches a row beyond the image at the top and the bottom: those rows show padding.
+    letterbox = map_on_image(np.array([[9, 9], [1, 2], [3, 4], [9, 9]]), Placement(2, 2, -1, 0, 4, 2), 2, 2)
+    np.testing.assert_array_equal(letterbox, values)
+    # Resized to half its size: every value stands for four pixels, mixed with its neighbours alone.
+    doubled = map_on_image(values, Placement(2, 4, 0, 1, 2, 2), 4, 8)
+    np.testing.assert_array_equal(np.isnan(doubled), [[True] * 2 + [False] * 4 + [True] * 2] * 4)
+    np.testing.assert_allclose(doubled[0, 2:6], [1, 1.25, 1.75, 2])
+    assert doubled.dtype == np.float32
+
+
+@pytest.mark.parametrize("mode", [*RESIZE_MODES, "whole"])
+@pytest.mark.parametrize(("height", "width"), [(120, 120), (121, 83), (60, 200), (200, 61)])
+def test_map_lies_on_what_it_was_computed_from(mode: str, height: int, width: int) -> None:
+    config = PreprocessingConfig(64, 56, max_side_px=96) if mode == "whole" else PreprocessingConfig(64, 56, mode)
+    placement = place(height, width, config)
+    rows, columns = np.mgrid[:height, :width].astype(np.uint8)
+    crop = crop_image(Image.fromarray(np.stack([rows, columns, rows], axis=-1)), placement).astype(np.float32)
+    for scale in (1, 2):  # over the image itself, and over a copy of half its size
+        size = height // scale, width // scale
+        of_rows, of_columns = (map_on_image(crop[..., channel], placement, *size) for channel in (0, 1))
+        inspected = ~np.isnan(of_rows)
+        assert inspected.mean() == pytest.approx(1 - placement.lost_fraction, abs=2 / min(size))
+        wanted = [(np.arange(n)) * full / n for n, full in zip(size, (height, width), strict=True)]
+        blur_px = max(height / placement.height, width / placement.width) + scale
+        assert np.abs(of_rows - wanted[0][:, None])[inspected].max() <= blur_px
+        assert np.abs(of_columns - wanted[1][None])[inspected].max() <= blur_px
+
+
+def test_map_of_a_part_too_thin_to_be_shown() -> None:
+    nothing = map_on_image(np.ones((64, 64)), place(64, 20_000, PreprocessingConfig(64, 64)), 1, 10)
+    assert np.isnan(nothing).all()
 
 
 def test_labels_keep_their_numbers() -> None:

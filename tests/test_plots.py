@@ -18,6 +18,7 @@ from patchcore.evaluation.plots.pictures import (
     SCALE_PX,
     Caption,
     HeatScale,
+    heat_panel,
     picture_names,
     png_bytes,
     segmentation_picture,
@@ -173,3 +174,19 @@ def test_png_bytes_come_back_exactly() -> None:
     with Image.open(io.BytesIO(png_bytes(picture))) as read:
         assert read.format == "PNG"
         assert np.array_equal(np.asarray(read), np.asarray(picture))
+
+
+def test_heat_panel_at_own_size_leaves_alone_what_was_not_inspected() -> None:
+    values = anomaly_map(4.0)
+    values[:, :8] = np.nan
+    panel_of_all = np.asarray(heat_panel(IMAGE, anomaly_map(4.0), SCALE, SIDE))
+    panel_of_part = np.asarray(heat_panel(IMAGE, values, SCALE, SIDE))
+    assert panel_of_part.shape == (SIDE, SIDE, 3)
+    assert (panel_of_part[:, :8] == 128).all()
+    np.testing.assert_array_equal(panel_of_part[:, 8:], panel_of_all[:, 8:])
+
+
+def test_scale_up_to_the_threshold() -> None:
+    scale = HeatScale.up_to_threshold(1.0, 3.0)
+    np.testing.assert_allclose(scale.levels(np.array([0.0, 1.0, 3.0, 4.0, 9.0])), [0, 0, 2 / 3, 1, 1])
+    assert scale.threshold == 3.0

@@ -1,4 +1,4 @@
-"""Saved models: from a model folder back to a detector."""
+"""Stored models: from a model folder back to a detector, and what it says of one image."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 
 import patchcore.methods  # noqa: F401  # enters every detector into the registry
 from patchcore.config_json import config_from_dict
 from patchcore.configs import SearchConfig, require_choice
+from patchcore.datasets.images import Placement, crop_image, map_on_image, place_of_file
 from patchcore.detector import DETECTORS, AnomalyDetector, DetectorBuilder
 from patchcore.errors import ConfigurationError, DataError
 from patchcore.storage.model_folder import ModelHeader, read_model_header, read_model_tensors
@@ -108,17 +111,80 @@ def prepare_stored(header: ModelHeader, where: str, search: SearchConfig) -> Det
         raise ConfigurationError(f"model {where!r}: {error}") from error
 
 
-def load_detector(folder: Path, device: torch.device, search: SearchConfig | None = None) -> AnomalyDetector:
-    """Read any model folder.
+def load_detector(path: Path, device: torch.device, search: SearchConfig | None = None) -> AnomalyDetector:
+    """Read any stored model that says what it is.
 
     Args:
-        folder: A folder that `AnomalyDetector.save` wrote.
+        path: A folder that `AnomalyDetector.save` wrote, or the export of a model.
         device: Where the model shall run.
         search: How neighbours are searched, for memory banks.
 
     Raises:
-        ConfigurationError: The folder is no model, is damaged, or belongs to an unknown method.
+        ConfigurationError: There is no model, it is damaged, a bare state dict, or belongs to an unknown method.
     """
-    header = read_model_header(folder)
-    builder = prepare_stored(header, str(folder), search or SearchConfig())
-    return StoredModel(folder, header, builder).restore(device)
+    header = read_header(path)
+    if header is None:
+        raise ConfigurationError(
+            f"{str(path)!r} is a bare state dict, which does not say what it belongs to: give the model folder"
+        )
+    builder = prepare_stored(header, str(path), search or SearchConfig())
+    return StoredModel(path, header, builder).restore(device)
+
+
+@dataclass(frozen=True)
+class ScoredImage:
+    """What a detector says of one image.
+
+    Attributes:
+        score: Raw image score, higher is more anomalous.
+        normalized: The score in (0, 1), 0.5 at the threshold; None without calibration.
+        is_anomalous: Whether the score is above the threshold; None without calibration.
+        anomaly_map: float32 [crop_height, crop_width], raw; None for methods without maps.
+        placement: The resize and crop that the image had.
+    """
+
+    score: float
+    normalized: float | None
+    is_anomalous: bool | None
+    anomaly_map: np.ndarray | None
+    placement: Placement
+
+    def map_on_image(self, height: int, width: int) -> np.ndarray | None:
+        """Return the anomaly map in the frame of the whole image, with crop and resize undone.
+
+        Args:
+            height, width: Size of the result, px: that of the image, or of a scaled copy of it.
+
+        Returns:
+            float32 [height, width], NaN where the crop left the image out; None for methods without maps.
+        """
+        return None if self.anomaly_map is None else map_on_image(self.anomaly_map, self.placement, height, width)
+
+
+def score_image(detector: AnomalyDetector, image: Image.Image, path: Path) -> ScoredImage:
+    """Resize and crop an image as the model was trained, and score it.
+
+    Args:
+        detector: A fitted detector whose `can_calibrate` holds: the scores of the others say nothing of one image.
+        image: RGB, upright, of any size, as `datasets.images.read_image` returns it.
+        path: Its file, for messages.
+
+    Raises:
+        DataError: The image is too long or too small for this model.
+    """
+    placement = place_of_file(path, image.height, image.width, detector.preprocessing)
+    if min(placement.crop_height, placement.crop_width) < detector.smallest_side_px:
+        raise DataError(
+            f"{path}: scored at {placement.crop_width} x {placement.crop_height} px, smaller than a tile of "
+            f"{detector.smallest_side_px} px of this model: use a larger image"
+        )
+    pixels = torch.from_numpy(crop_image(image, placement).copy()).permute(2, 0, 1)  # [3, H, W]
+    prediction = detector.predict(pixels[None])
+    score, calibration = float(prediction.scores[0]), detector.calibration_
+    return ScoredImage(
+        score,
+        float(calibration.image.normalized(prediction.scores)[0]) if calibration else None,
+        score > calibration.image.threshold if calibration else None,
+        prediction.maps[0] if prediction.maps is not None else None,
+        placement,
+    )

@@ -307,3 +307,34 @@ def crop_labels(labels: np.ndarray, placement: Placement, padding: int = IGNORED
     canvas = Image.new("I", (placement.crop_width, placement.crop_height), padding)
     canvas.paste(resized, (-placement.left, -placement.top))
     return np.asarray(canvas)
+
+
+def map_on_image(anomaly_map: np.ndarray, placement: Placement, height: int, width: int) -> np.ndarray:
+    """Undo crop and resize: lay an anomaly map over the image that it was computed from.
+
+    Args:
+        anomaly_map: float [crop_height, crop_width].
+        placement: Resize and crop of the image.
+        height, width: Size of the result, px: that of the image, or of a scaled copy of it.
+
+    Returns:
+        float32 [height, width], bilinear; NaN where the crop left the image out.
+    """
+    top, bottom = max(0, placement.top), min(placement.height, placement.top + placement.crop_height)
+    left, right = max(0, placement.left), min(placement.width, placement.left + placement.crop_width)
+    padded = anomaly_map.astype(np.float32)
+    kept = padded[top - placement.top : bottom - placement.top, left - placement.left : right - placement.left]
+    rows, from_row, to_row = _span(top, bottom, height / placement.height)
+    columns, from_column, to_column = _span(left, right, width / placement.width)
+    values = np.full((height, width), np.nan, dtype=np.float32)
+    size = (columns.stop - columns.start, rows.stop - rows.start)
+    if min(size) > 0:  # else what was inspected is thinner than a pixel of the result
+        box = (from_column, from_row, to_column, to_row)
+        values[rows, columns] = np.asarray(Image.fromarray(kept).resize(size, Image.Resampling.BILINEAR, box))
+    return values
+
+
+def _span(start: int, stop: int, scale: float) -> tuple[slice, float, float]:
+    """Return the pixels of a scaled axis that show [start, stop), and where they begin and end in it."""
+    pixels = slice(round(start * scale), round(stop * scale))
+    return pixels, max(0.0, pixels.start / scale - start), min(float(stop - start), pixels.stop / scale - start)

@@ -89,7 +89,7 @@ def segmentation_picture(
     panels = [("image", resized(image))]
     if mask is not None:
         panels.append(("ground truth", _truth_panel(image, mask)))
-    panels.append(("heat map", _heat_panel(image, anomaly_map, scale)))
+    panels.append(("heat map", heat_panel(image, anomaly_map, scale)))
     width = GAP_PX + len(panels) * (PANEL_PX + GAP_PX) + SCALE_PX
     canvas = Image.new("RGB", (width, HEADER_PX + PANEL_PX + FOOTER_PX), BACKGROUND)
     draw = ImageDraw.Draw(canvas)
@@ -154,13 +154,24 @@ def _truth_panel(image: np.ndarray, mask: np.ndarray) -> Image.Image:
     return Image.fromarray(base.astype(np.uint8))
 
 
-def _heat_panel(image: np.ndarray, anomaly_map: np.ndarray, scale: HeatScale) -> Image.Image:
-    """Lay the heat map over a faded gray image, opaque where it is hot."""
-    gray = np.asarray(resized(image).convert("L")).astype(np.float64)[..., None]
-    values = np.asarray(resized(anomaly_map.astype(np.float32)))  # [P, P]; fewer along a shorter side
-    levels = scale.levels(values)
+def heat_panel(image: np.ndarray, anomaly_map: np.ndarray, scale: HeatScale, side_px: int = PANEL_PX) -> Image.Image:
+    """Lay the heat map over a faded gray image, opaque where it is hot.
+
+    Args:
+        image: uint8 [H, W, 3].
+        anomaly_map: float [H, W], raw; NaN where nothing was inspected, which stays gray.
+        scale: Colour scale.
+        side_px: Longer side of the result, P.
+
+    Returns:
+        An RGB image; the line encloses what lies above the pixel threshold.
+    """
+    gray = np.asarray(resized(image, side_px=side_px).convert("L")).astype(np.float64)[..., None]
+    values = np.asarray(resized(anomaly_map.astype(np.float32), side_px=side_px))  # [P, P]; fewer along a shorter side
+    inspected = ~np.isnan(values)
+    levels = scale.levels(np.where(inspected, values, scale.low))
     colours = colour_table()[(levels * 255).astype(np.uint8)]  # [P, P, 3]
-    opacity = 0.25 + 0.55 * levels[..., None]
+    opacity = np.where(inspected, 0.25 + 0.55 * levels, 0)[..., None]
     blended = (1 - opacity) * gray + opacity * colours
     if scale.threshold is not None:
         blended[outline(values > scale.threshold)] = CONTOUR
