@@ -258,7 +258,7 @@ def write_large_runs(root: Path, num_images: int, num_methods: int) -> list[Path
             preprocessing={**PREPROCESSING, "resize_px": 256, "imagesize_px": 224},
             data_path=root / "data",
         )
-        maps = [gaussian_filter(rng.normal(0, 30, mask.shape) + 4 * mask, 4) for mask in masks]
+        maps = [gaussian_filter(rng.normal(0, 10, mask.shape) + 4 * mask, 4) for mask in masks]
         path = folder / "anomaly_scores" / "mpdd_plate.npz"
         write_anomaly_maps(path, np.array(maps, np.float32), masks, paths, pixel_scale=PIXEL_SCALE)
         folders.append(folder)

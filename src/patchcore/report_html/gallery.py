@@ -133,10 +133,11 @@ def _class_row(shown: GalleryClass, max_bytes: int) -> tuple[dict[str, Any], int
     ]
     methods = [_method_row(method, shown, images) for method in shown.methods]
     ranks = _ranks(shown.methods)
-    disagreement = np.ptp(ranks, axis=0)
+    highest = max(1, len(shown.paths) - 1)
+    mean_rank, disagreement = ranks.mean(axis=0) / highest, np.ptp(ranks, axis=0) / highest
     for i, path in enumerate(progress(shown.paths, f"{shown.name}: images")):
         image, crop = images[i], shown.crop(path)
-        image |= {"rank": float(ranks[:, i].mean()), "disagreement": float(disagreement[i])}
+        image |= {"rank": float(mean_rank[i]), "disagreement": float(disagreement[i])}
         if crop is not None:
             image["picture"] = _data_uri(image_bytes(crop))
             image.setdefault("size", list(crop.shape[1::-1]))
@@ -204,13 +205,13 @@ def _importance(shown: GalleryClass, disagreement: np.ndarray) -> np.ndarray:
 
 
 def _ranks(methods: Sequence[GalleryMethod]) -> np.ndarray:
-    """Return [M, N] in [0, 1] the rank of each image among the scores of a method, 1 for the highest."""
+    """Return [M, N] the rank of each image among the scores of a method, from 0; ties share the middle of theirs."""
     ranks = []
     for method in methods:
         ordered = np.sort(method.scores)
         lower, not_higher = (np.searchsorted(ordered, method.scores, side) for side in ("left", "right"))
-        ranks.append((lower + not_higher - 1) / 2)  # ties have the middle of the ranks that they share
-    return np.array(ranks) / max(1, len(ranks[0]) - 1)
+        ranks.append((lower + not_higher - 1) / 2)
+    return np.array(ranks)
 
 
 def _keep_within(images: list[dict[str, Any]], order: np.ndarray, max_bytes: int) -> int:

@@ -23,7 +23,7 @@ PICTURE_QUALITY = 80
 MAP_QUALITY = 75  # maps are smooth: no ringing is to be seen at this quality
 ENCODER_EFFORT = 3  # of 6: beyond, files shrink by a percent and take twice as long
 TOLERANCE_PX = 0.4  # an outline may lie beside the exact one, in px of a picture
-MAX_OUTLINE_CHARS = 6000  # a ragged outline, of a map that is noise, is drawn coarser
+MAX_OUTLINE_CHARS = 3000  # a ragged outline, of a map that is noise, is drawn coarser
 COARSEST_PX = 24
 
 
