@@ -138,7 +138,7 @@ def test_the_page_holds_the_scores_the_pictures_and_the_runs(tmp_path: Path) -> 
             assert decoded(image["maps"]["0"]["heat"]).shape == (32, 32, 3)
             assert set(image["maps"]) == {"0", "1"}
     assert shown["methods"][0]["scale"] == {"low": 0.0, "threshold": PIXEL_SCALE[1], "calibrated": True}
-    assert shown["methods"][2]["noMaps"] and "KNN: no heat maps" in page.text
+    assert shown["methods"][2]["noMaps"] and "KNN (mpdd_plate): no heat maps" in page.text
     assert "bin/run_patchcore.py --seed 0 'a b'" in page.text
     assert f'"path": "{tmp_path / "data"}"' in page.text  # the configuration
     assert page.text.count("Quality against latency") == 1

@@ -26,6 +26,7 @@ PLOT_TITLES = {
     "fewshot_curve.png": "Quality over the number of training images",
 }
 NOT_SAVED = "no heat maps: the run was made without --save_anomaly_scores"
+NO_MAPS = "no heat maps: the method has none, or the run was made without --save_anomaly_scores"
 OTHER_RESOLUTION = "no heat maps: the run has another resolution than the first one"
 
 
@@ -74,7 +75,7 @@ def _gallery_method(label: str, run: ClassRun, first: ClassRun) -> GalleryMethod
     same = run.setting.preprocessing == first.setting.preprocessing
     reason = OTHER_RESOLUTION
     if same:
-        reason = NOT_SAVED if run.result.metrics["full_pixel_auroc"] is not None else f"{NOT_SAVED}, or has none"
+        reason = NO_MAPS if run.result.metrics["full_pixel_auroc"] is None else NOT_SAVED
     return GalleryMethod(
         label, run.seed, run.images.scores, run.images.normalized, lambda: _maps(run) if same else None, reason
     )
@@ -106,6 +107,7 @@ def _notes(gallery: Sequence[Mapping[str, Any]], methods: Sequence[Method]) -> I
                 f"{row['name']}: {missing} of {len(row['images'])} test images are not in {row['folder']}, "
                 "where the run read them: the gallery is without them."
             )
-        for method in row["methods"]:
-            if method["noMaps"]:
-                yield f"{row['name']}, {method['label']}: {method['noMaps']}."
+    without = [(m["label"], m["noMaps"], row["name"]) for row in gallery for m in row["methods"] if m["noMaps"]]
+    for label, reason in dict.fromkeys((label, reason) for label, reason, _ in without):
+        names = ", ".join(name for *found, name in without if found == [label, reason])
+        yield f"{label} ({names}): {reason}."

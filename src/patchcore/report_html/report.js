@@ -128,9 +128,9 @@ function frame(image, m) {
     box.append(element("img", { src: entry.heat, alt: "", class: "heat" }));
   }
   if (m >= 0 ? !entry.heat : !image.picture) {
-    box.append(element("span", { class: "empty" }, m >= 0 ? "no heat map" : "no picture"));
-  }
-  if (image.size) {
+    box.classList.add("blank");
+    box.replaceChildren(element("span", { class: "empty" }, m >= 0 ? "no heat map" : "no picture"));
+  } else if (image.size) {
     box.append(drawing(image.size, [["truth-line", image.truth], ["decision-line", entry.outline]]));
   }
   return box;
@@ -146,7 +146,7 @@ function areaText(image, m) {
   if (!entry || entry.areaPx === undefined) {
     return "";
   }
-  return `defect area ${entry.areaPx} px, ${(100 * entry.areaShare).toFixed(2)} %`;
+  return `defect area ${entry.areaPx}\u00A0px, ${(100 * entry.areaShare).toFixed(2)}\u00A0%`;
 }
 
 function decisionText(m, i) {
@@ -180,7 +180,7 @@ function card(i) {
     button.addEventListener("click", () => openViewer(i, Math.max(m, 0)));
     const facts = element("span", { class: "facts" });
     if (m < 0) {
-      const size = image.truthPx === undefined ? "" : `, true defect ${image.truthPx} px`;
+      const size = image.truthPx === undefined ? "" : `, true defect ${image.truthPx}\u00A0px`;
       facts.append(element("b", {}, "image"), image.bad ? size : "");
       button.setAttribute("aria-label", description(m, i));
     } else {
@@ -263,6 +263,8 @@ function update() {
     parts.push("ordered by the mean of the methods' ranks");
   }
   byId("status").textContent = parts.join(", ");
+  const chosen = (id) => byId(id).selectedOptions[0].text;
+  byId("print-title").textContent = `Class ${current().name}: ${chosen("show")} of ${chosen("of")}, ${chosen("sort")}`;
   byId("more").hidden = ids.length <= seen.length;
 }
 
@@ -282,7 +284,7 @@ function notes() {
   byId("threshold-note").textContent = lines.join(" ");
   const relative = current().methods.filter((m) => m.scale && !m.scale.calibrated).map((m) => m.label);
   byId("scale-note").textContent = relative.length
-    ? `— for ${relative.join(", ")} no pixel threshold is stored: dark is the median pixel of the good test images, the mark the level that 5 % of these images exceed somewhere.`
+    ? `. For ${relative.join(", ")} no pixel threshold is stored: dark is the median pixel of the good test images, the mark the level that 5 % of these images exceed somewhere.`
     : "";
 }
 
@@ -314,7 +316,7 @@ function drawViewer() {
   byId("stage").replaceChildren(box);
   byId("viewer-title").textContent = `${image.path} (${image.bad ? `defective: ${image.type}` : "good"})`;
   byId("viewer-method").value = large.method;
-  const place = `${state.ids.indexOf(large.image) + 1} of ${state.ids.length}`;
+  const place = `image ${state.ids.indexOf(large.image) + 1} of ${state.ids.length}`;
   const facts = [
     current().methods[large.method].label, scoreText(large.method, large.image),
     decisionText(large.method, large.image)[0], areaText(image, large.method), hasHeat ? "" : "no heat map", place,
