@@ -217,6 +217,9 @@ def test_paper_has_every_image_of_the_filter(tmp_path: Path, browser: Browser) -
         "window.printed = 0; addEventListener('beforeprint',"
         "() => { window.printed = document.querySelectorAll('.card').length; })"
     )
+    browser.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    shape = "const r = document.querySelector('.view:nth-child(2) .frame').getBoundingClientRect(); return r.width / r.height"
+    assert browser.run(shape) == pytest.approx(1, abs=0.02)
     assert browser.printed().startswith(b"%PDF")
     assert browser.run("return window.printed") == 52
     assert len(shown_paths(browser)) == 24

@@ -120,12 +120,12 @@ function thresholdRow(method, m) {
 function frame(image, m) {
   const entry = m < 0 ? {} : image.maps[m] || {};
   const box = element("span", { class: "frame" });
-  box.style.aspectRatio = image.size ? `${image.size[0]} / ${image.size[1]}` : "1";
+  const size = image.size ? { width: image.size[0], height: image.size[1] } : {}; // the ratio, before it is decoded
   if (image.picture) {
-    box.append(element("img", { src: image.picture, alt: "", class: entry.heat ? "under-heat" : "plain" }));
+    box.append(element("img", { src: image.picture, alt: "", ...size, class: entry.heat ? "under-heat" : "plain" }));
   }
   if (entry.heat) {
-    box.append(element("img", { src: entry.heat, alt: "", class: "heat" }));
+    box.append(element("img", { src: entry.heat, alt: "", ...size, class: "heat" }));
   }
   if (m >= 0 ? !entry.heat : !image.picture) {
     box.classList.add("blank");
