@@ -18,6 +18,9 @@ from synthetic_runs import PREPROCESSING, write_run
 
 from patchcore.cli import compare_results, run_patchcore
 from patchcore.comparison import compare
+from patchcore.comparison.runs import read_runs
+from patchcore.errors import ConfigurationError
+from patchcore.presets.published import published_numbers
 
 TABLES = {
     "comparison.md",
@@ -26,6 +29,7 @@ TABLES = {
     "comparison_by_defect.csv",
     "comparison_by_size.csv",
 }
+SCORE_HEADER = b"path,defect_type,label,score,normalized_score,decision,defect_px\n"
 PLOTS = {"performance_bars.png", "roc_curves.png", "pr_curves.png", "score_distributions.png", "pareto.png"}
 
 
@@ -155,6 +159,7 @@ def test_every_field_of_the_summary_is_documented_and_has_its_type(tmp_path: Pat
 TYPES: dict[str, tuple[type, ...]] = {
     "string": (str,),
     "integer": (int,),
+    "integer/string": (int, str),
     "number": (int, float),
     "boolean": (bool,),
     "[string]": (list,),
@@ -301,6 +306,9 @@ def test_a_class_that_is_not_finished_is_named_and_left_out(tmp_path: Path) -> N
         ("anomaly_scores/mpdd_rod.csv", None, "is missing"),
         ("anomaly_scores/mpdd_rod.csv", b"path,label\n\xff", "is damaged"),
         ("anomaly_scores/mpdd_rod.csv", b"path,defect_type,label,score\na,good,0,nan\n", "no finite number"),
+        ("anomaly_scores/mpdd_rod.csv", SCORE_HEADER + b"a,good,0,1.5,0.4,7,0\n", "a decision is neither 0 nor 1"),
+        ("anomaly_scores/mpdd_rod.csv", SCORE_HEADER + b"a,good,0,1.5,1.4,0,0\n", "normalized_score is not in [0, 1]"),
+        ("anomaly_scores/mpdd_rod.csv", SCORE_HEADER + b"a,good,0,1.5,0.4,0,-1\n", "a defect_px is negative"),
         ("class_results/mpdd_rod.json", b"{", "damaged"),
     ],
 )
@@ -315,11 +323,97 @@ def test_damaged_files_cost_their_class_alone(name: str, content: bytes | None, 
     assert [c["name"] for c in summary_of(tmp_path)["classes"]] == ["mpdd_plate"]
 
 
-def test_damaged_maps_are_an_error_that_names_them(tmp_path: Path) -> None:
-    folder = write_run(tmp_path, "run")
-    (folder / "anomaly_scores" / "mpdd_plate.npz").write_bytes(b"PK\x03\x04 no zip")
+@pytest.mark.parametrize("value", ["NaN", "7.0", "true", "-0.5"])
+@pytest.mark.parametrize("column", ["instance_auroc", "image_f1_max"])
+def test_a_stored_metric_that_cannot_be_costs_its_class(column: str, value: str, tmp_path: Path) -> None:
+    folder = write_run(tmp_path, "run", ["plate", "rod"])
+    path = folder / "class_results" / "mpdd_rod.json"
+    content = json.loads(path.read_text())
+    content["metrics"][column] = "spoiled"
+    path.write_text(json.dumps(content).replace('"spoiled"', value))
     finished = run_comparison(tmp_path, folder)
-    assert finished.code == 2 and "mpdd_plate.npz is damaged" in finished.err and len(finished.error_lines) == 1
+    assert finished.code == 1 and len(finished.error_lines) == 1
+    assert f"mpdd_rod of {folder} is left out: {path}: damaged ({column} is " in finished.err
+    assert [c["name"] for c in summary_of(tmp_path)["classes"]] == ["mpdd_plate"]
+
+
+def spoil_maps(path: Path, how: str) -> None:
+    """Replace a file of maps by one that cannot be read in a way of its own."""
+    with np.load(path) as content:
+        arrays = dict(content)
+    if how == "no zip":
+        path.write_bytes(b"PK\x03\x04 no zip")
+    elif how == "npy":
+        with path.open("wb") as file:
+            np.save(file, arrays["maps"])
+    elif how == "flipped bytes":
+        np.savez_compressed(path, **arrays)
+        content_bytes = bytearray(path.read_bytes())
+        content_bytes[200:4000:7] = bytes(b ^ 0xFF for b in content_bytes[200:4000:7])
+        path.write_bytes(content_bytes)
+    elif how == "compression":
+        np.savez(path, **arrays)
+        data = path.read_bytes()
+        headers = {b"PK\x03\x04": 8, b"PK\x01\x02": 10}  # position of the compression method behind each mark
+        for mark, offset in headers.items():
+            start = data.find(mark)
+            while start >= 0:
+                data = data[: start + offset] + b"\x63\x00" + data[start + offset + 2 :]
+                start = data.find(mark, start + 4)
+        path.write_bytes(data)
+    elif how == "texts":
+        np.savez(path, **{**arrays, "maps": arrays["maps"].astype("U3")})
+    else:
+        np.savez(path, **{**arrays, "sizes": np.zeros((1, 2))})
+
+
+@pytest.mark.parametrize("how", ["no zip", "npy", "flipped bytes", "compression", "texts", "sizes"])
+def test_damaged_maps_are_named_and_count_as_missing(how: str, tmp_path: Path) -> None:
+    folder = write_run(tmp_path, "run", ["plate", "rod"])
+    path = folder / "anomaly_scores" / "mpdd_rod.npz"
+    spoil_maps(path, how)
+    finished = run_comparison(tmp_path, folder)
+    assert finished.code == 1 and len(finished.error_lines) == 1
+    assert f"the maps of mpdd_rod of {folder} are left out: {path} is damaged or of other images" in finished.err
+    summary = summary_of(tmp_path)
+    assert results(summary, "full_pro")["mpdd_rod", "run"]["mean"] == stored(folder, "mpdd_rod")["full_pro"]
+    assert {row["class"] for row in summary["by_size"] if row["full_pro"] is not None} == {"mpdd_plate"}
+    assert not any("--save_anomaly_scores" in note for note in summary["notes"])
+
+
+def test_images_of_their_own_size_are_intersected(tmp_path: Path) -> None:
+    """One run has a larger image more, to whose size its maps are padded; the other one has not."""
+    larger = "plate/test/good/000.png"
+    preprocessing = {"resize_px": 0, "imagesize_px": 0, "resize_mode": "keep", "max_side_px": 64}
+    whole = write_run(tmp_path, "whole", preprocessing=preprocessing)
+    partial = write_run(tmp_path, "part", method="fastflow", preprocessing=preprocessing, leave_out=[larger])
+    path = whole / "anomaly_scores" / "mpdd_plate.npz"
+    with np.load(path) as content:
+        arrays = dict(content)
+    sizes = np.array([[40, 36] if name == larger.encode() else [32, 32] for name in arrays["paths"].tolist()])
+    beyond = ((0, 0), (0, 8), (0, 4))
+    arrays["maps"] = np.pad(arrays["maps"], beyond)
+    arrays["masks"] = np.pad(arrays["masks"], beyond, constant_values=255)
+    arrays["masks"][sizes[:, 0] == 40] = 0
+    np.savez(path, **arrays, sizes=sizes)
+    assert run_comparison(tmp_path, whole, partial, "--intersect").code == 0
+    unpadded = write_run(tmp_path / "again", "whole", leave_out=[larger])
+    found = results(summary_of(tmp_path), "full_pro")["mpdd_plate", "whole"]["mean"]
+    assert found == pytest.approx(stored(unpadded, "mpdd_plate")["full_pro"])
+
+
+def test_names_that_are_no_utf8_leave_strict_json(tmp_path: Path) -> None:
+    folders = [
+        write_run(tmp_path / os.fsdecode(b"caf\xe9"), os.fsdecode(b"caf\xe9_N%d" % n), ["pl\udcff"], limit_train=n)
+        for n in (2, 4)
+    ]
+    assert run_comparison(tmp_path, *folders).code == 0
+    text = (tmp_path / "out" / "summary.json").read_bytes().decode("utf-8")
+    json.dumps(json.loads(text), ensure_ascii=False).encode("utf-8")  # a lone surrogate has no UTF-8
+    summary = summary_of(tmp_path)
+    assert [m["label"] for m in summary["methods"]] == ["caf\\udce9_N2", "caf\\udce9_N4"]
+    assert {row["method"] for row in summary["results"]} == {m["label"] for m in summary["methods"]}
+    assert summary["fewshot"][0]["class"] == "mpdd_pl\\udcff"
 
 
 def test_folders_that_cannot_be_compared(tmp_path: Path) -> None:
@@ -343,13 +437,53 @@ def test_folders_that_cannot_be_compared(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "config",
-    ["[]", "{}", '{"config": {"dataset": []}}', '{"config": {"dataset": {"categories": 3, "limit_train": 1}}}'],
+    [
+        *("[]", "{}", "[" * 100_000, '{"config": {"dataset": []}}'),
+        '{"config": {"dataset": {"categories": 3, "limit_train": 1}}}',
+    ],
 )
 def test_a_damaged_configuration_is_one_line(config: str, tmp_path: Path) -> None:
     folder = write_run(tmp_path, "G")
     (folder / "config.json").write_text(config)
     finished = run_comparison(tmp_path, folder)
     assert finished.code == 2 and len(finished.error_lines) == 1 and "is no run folder" in finished.err
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("config.dataset.categories", [], "categories [], expected a list of names"),
+        ("config.dataset.categories", "plate", "categories 'plate', expected a list of names"),
+        ("config.dataset.name", None, "name None and"),
+        ("config.dataset.limit_train", 0, "limit_train 0, expected integers"),
+        ("config.dataset.preprocessing", "crop", "preprocessing 'crop' is damaged"),
+        ("config.dataset.train_val_split", None, "train_val_split None is damaged"),
+        ("config.method", 3, "method 3 is damaged"),
+        ("config.method_config", "num_nn", "method_config 'num_nn' is damaged"),
+        ("config.calibration", {}, "calibration {} is damaged"),
+        ("config.seed", "0", "seed '0' and"),
+        ("environment", None, "environment None, expected"),
+    ],
+)
+def test_every_value_of_a_configuration_is_checked(name: str, value: object, message: str, tmp_path: Path) -> None:
+    folder = write_run(tmp_path, "G")
+    path = folder / "config.json"
+    content = json.loads(path.read_text())
+    *above, last = name.split(".")
+    part = content
+    for step in above:
+        part = part[step]
+    part[last] = value
+    path.write_text(json.dumps(content))
+    finished = run_comparison(tmp_path, folder)
+    assert finished.code == 2 and len(finished.error_lines) == 1
+    assert str(path) in finished.err and message in finished.err
+
+
+def test_no_folder_at_all_is_said() -> None:
+    for read in (lambda: compare.make_comparison([], compare.ComparisonOptions()), lambda: read_runs([])):
+        with pytest.raises(ConfigurationError, match="no run folder is named, expected at least one"):
+            read()
 
 
 def test_other_masks_are_refused(tmp_path: Path) -> None:
@@ -396,6 +530,15 @@ def test_the_fewshot_curve_of_one_and_of_two_methods(tmp_path: Path, drawn: None
     assert [m["label"] for m in summary["methods"]] == ["patchcore_N2", "patchcore_N8"]
     assert {r["method"] for r in compared(*folders)["fewshot"]} == {"patchcore", "fastflow"}
     assert run_comparison(tmp_path, *folders).code == 0 and (tmp_path / "out" / "fewshot_curve.png").exists()
+
+
+def test_damaged_published_numbers_end_the_comparison_before_it_reads_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compare, "published_numbers", lambda: published_numbers(tmp_path))
+    finished = run_comparison(tmp_path, write_run(tmp_path, "PC"), "--published")
+    assert finished.code == 2 and len(finished.error_lines) == 1 and "sources.json cannot be read" in finished.err
+    assert not (tmp_path / "out").exists()
 
 
 def test_published_numbers_stand_apart(tmp_path: Path, drawn: None) -> None:
@@ -457,3 +600,36 @@ def test_folders_of_real_runs(small_dataset: Path, tmp_path: Path) -> None:
                 assert results(summary, metric)[row["Row Names"], group]["mean"] == pytest.approx(
                     float(row[metric]), abs=1e-6
                 )
+
+
+def test_fewshot_numbers_are_those_of_the_images_compared(tmp_path: Path) -> None:
+    missing = [f"plate/test/good/{i:03d}.png" for i in range(5)]
+    folders = [
+        write_run(tmp_path, "PC_N2_S0", limit_train=2, quality=1.0),
+        write_run(tmp_path, "PC_N8_S0", limit_train=8, quality=1.0, leave_out=missing),
+    ]
+    summary = compared(*folders, intersect=True)
+    for metric in ("instance_auroc", "full_pixel_auroc", "full_pro"):
+        measured = results(summary, metric)
+        for row in summary["fewshot"]:
+            assert row[metric] == measured["mpdd_plate", f"PC_N{row['limit_train']}"]["mean"]
+    assert results(summary)["mpdd_plate", "PC_N2"]["mean"] != stored(folders[0], "mpdd_plate")["instance_auroc"]
+    without_pixels = compared(folders[0], write_run(tmp_path, "PC_N4_S0", limit_train=4), image_metrics_only=True)
+    assert {row["full_pro"] for row in without_pixels["fewshot"]} == {None}
+    assert {row["full_pixel_auroc"] for row in without_pixels["fewshot"]} == {None}
+
+
+def test_value_and_interval_of_a_mean_are_over_the_same_seeds(tmp_path: Path) -> None:
+    """Seed 1 has one class of two: its far better scores there enter neither the mean nor the interval."""
+    both = ["plate", "rod"]
+    flow = write_run(tmp_path, "flow_S0", both, method="fastflow", seed=0, quality=2.0)
+    first = write_run(tmp_path, "PC_S0", both, seed=0, quality=0.3)
+    second = write_run(tmp_path, "PC_S1", both, seed=1, quality=9.0, unfinished=["rod"])
+    alone, together = compared(flow, first), compared(flow, first, second)
+    for metric in ("instance_auroc", "full_pro"):
+        key = ("Mean", "PC")
+        assert results(together, metric)[key]["num_seeds"] == 1
+        for field in ("mean", "difference", "interval"):
+            assert results(together, metric)[key][field] == pytest.approx(results(alone, metric)[key][field])
+        plate = results(together, metric)["mpdd_plate", "PC"]
+        assert plate["num_seeds"] == 2 and plate["mean"] != results(alone, metric)["mpdd_plate", "PC"]["mean"]

@@ -1,9 +1,12 @@
-"""The mathematics of a comparison: paired bootstrap, pixel histograms, size quartiles, Pareto front."""
+"""The mathematics of a comparison: paired bootstrap, pixel histograms, size quartiles, Pareto front; its plots."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
+from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from patchcore.evaluation.defect_sizes import size_quartiles
@@ -17,6 +20,13 @@ from patchcore.evaluation.paired import (
 )
 from patchcore.evaluation.pareto import non_dominated
 from patchcore.evaluation.pixel_histograms import pixel_histograms, region_numbers, weighted_pixel_metrics
+from patchcore.evaluation.plots import rankings, style
+from patchcore.evaluation.plots.rankings import (
+    ScoredClass,
+    ScoredMethod,
+    distribution_picture,
+    precision_recall_picture,
+)
 
 
 def test_resamples_hold_as_many_images_of_either_kind_as_there_are() -> None:
@@ -150,3 +160,43 @@ def test_the_pareto_front_by_hand() -> None:
     # Slow and worse than the first; as good as the first, but slower; best and slowest; equal to the first.
     assert non_dominated([10, 20, 15, 30, 10], [0.9, 0.8, 0.9, 0.95, 0.9]) == [True, False, False, True, True]
     assert non_dominated([], []) == []
+
+
+def capture_figure(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Keep the figures that the plots of scores draw."""
+    figures: list[Any] = []
+
+    def drawn(canvas: Any) -> Image.Image:
+        figures.append(canvas.figure)
+        return style.drawn(canvas)
+
+    monkeypatch.setattr(rankings, "drawn", drawn)
+    return figures
+
+
+def test_the_legend_explains_the_threshold_whichever_class_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = capture_figure(monkeypatch)
+    labels = np.array([False, False, True])
+    scores = [np.array([0.1, 0.2, 0.7])]
+    with_threshold, without = ScoredMethod(0, "a", scores, scores), ScoredMethod(0, "a", scores, None)
+    classes = [ScoredClass("first", labels, [with_threshold]), ScoredClass("last", labels, [without])]
+    for order in (classes, classes[::-1], classes[1:]):
+        distribution_picture(order)
+    legends = [[text.get_text() for text in figure.legends[0].get_texts()] for figure in figures]
+    everything = ["good images", "defective images", "median", "threshold"]
+    assert legends == [everything, everything, everything[:3]]
+
+
+@pytest.mark.parametrize("num_defective", [1, 3])
+def test_the_precision_of_few_defective_images_is_seen(num_defective: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line of one point has no length: without a marker nothing of it would be drawn."""
+    figures = capture_figure(monkeypatch)
+    labels = np.array([False, False, *[True] * num_defective])
+    scores = [np.array([0.1, 0.9, *[0.5] * num_defective])]
+    picture = np.asarray(precision_recall_picture([ScoredClass("one", labels, [ScoredMethod(0, "a", scores, None)])]))
+    (line,) = figures[0].axes[0].lines
+    assert len(line.get_xdata()) == num_defective and line.get_marker() == style.LINE_MARKERS[0]
+    box = figures[0].axes[0].get_window_extent()
+    top, bottom = (round(picture.shape[0] - y) for y in (box.y1, box.y0))
+    inside = picture[top + 3 : bottom - 3, round(box.x0) + 3 : round(box.x1) - 3].astype(int)
+    assert (inside.max(axis=-1) - inside.min(axis=-1) > 60).sum() > 20, "something coloured stands in the panel"

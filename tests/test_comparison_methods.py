@@ -11,8 +11,9 @@ from in_process import invoke
 from synthetic_runs import write_run
 
 from patchcore.cli import load_and_evaluate_patchcore, run_patchcore
-from patchcore.comparison.methods import enter_classes, fewshot_family, fewshot_label, group_runs
-from patchcore.comparison.runs import read_classes, read_runs
+from patchcore.comparison import compare
+from patchcore.comparison.methods import Method, enter_classes, fewshot_family, fewshot_label, group_runs
+from patchcore.comparison.runs import NOT_KNOWN, read_classes, read_runs
 from patchcore.errors import ConfigurationError
 
 
@@ -64,6 +65,16 @@ def test_labels_are_unique_and_say_what_differs(tmp_path: Path) -> None:
     assert list(columns(*folders)) == ["patchcore (num_nn 1)", "patchcore (num_nn 3)", "fastflow"]
 
 
+def test_a_label_holds_no_table(tmp_path: Path) -> None:
+    folders = [
+        write_run(tmp_path / "a", "group", method_config={"head": None, "parts": [1, 2], "members": [{"k": 1}]}),
+        write_run(tmp_path / "b", "group", method_config={"head": {"k": 1}, "parts": [1], "members": [{"k": 2}]}),
+    ]
+    assert list(columns(*folders)) == ["patchcore (parts [1, 2])", "patchcore (parts [1])"]
+    alike = [write_run(tmp_path / str(k), "group", method_config={"members": [{"k": k}]}) for k in (3, 4)]
+    assert list(columns(*alike)) == ["patchcore", "patchcore #2"]
+
+
 def test_a_class_and_seed_in_two_folders_is_an_error(tmp_path: Path) -> None:
     folders = [write_run(tmp_path, "PC_S0", ["plate", "rod"]), write_run(tmp_path, "rod_PC", ["rod"])]
     runs = read_runs(folders)
@@ -81,9 +92,33 @@ def test_methods_that_differ_in_the_number_of_training_images_are_a_family(tmp_p
     assert [fewshot_label(m) for m in methods] == ["PC", "PC", "PC3"]
 
 
+@pytest.mark.parametrize(
+    ("label", "limit", "expected"),
+    [
+        ("IM224_WR50_N50", 50, "IM224_WR50"),
+        ("IM224_WR50", 50, "IM224_WR50"),
+        ("IM224_N2_R2", 2, "IM224_R2"),
+        ("FEWSHOT_IM224_WR50_L2-3_P01_D1024-1024_PS-3_AN-1_N1", 1, "FEWSHOT_IM224_WR50_L2-3_P01_D1024-1024_PS-3_AN-1"),
+        ("N4_PC", 4, "PC"),
+        ("PC_16", 16, "PC"),
+        ("PC_16_R18", 16, "PC_16_R18"),
+        ("N4", 4, "N4"),
+        ("PC_N4 #2", 4, "PC #2"),
+        ("patchcore (limit_train 4)", 4, "patchcore"),
+        ("patchcore (num_nn 3, limit_train 4)", 4, "patchcore (num_nn 3)"),
+        ("WR50", None, "WR50"),
+    ],
+)
+def test_the_number_of_training_images_goes_out_of_a_label(
+    label: str, limit: int | None, expected: str, tmp_path: Path
+) -> None:
+    runs = read_runs([write_run(tmp_path, "run", limit_train=limit)])
+    assert fewshot_label(Method(label, runs)) == expected
+
+
 def test_an_evaluation_of_a_stored_model_is_a_run_of_its_method(small_dataset: Path, tmp_path: Path) -> None:
     run = ["--device", "cpu", "--threads", 1, "--save_patchcore_model", "--log_group", "PC", "--seed", 3]
-    steps = small_run(small_dataset, "plate")
+    steps = small_run(small_dataset, "plate", reading=("--limit_train", "4"))
     assert invoke(run_patchcore, *run, tmp_path / "results", *steps).code == 0
     trained = tmp_path / "results" / "project" / "PC"
     model = trained / "models" / "mpdd_plate"
@@ -93,6 +128,17 @@ def test_an_evaluation_of_a_stored_model_is_a_run_of_its_method(small_dataset: P
     evaluated = tmp_path / "evaluated"
     runs = read_runs([trained, evaluated])
     assert runs[1].seeds == {"mpdd_plate": 3} and len(group_runs(runs)) == 1
+    assert runs[1].settings == runs[0].settings and runs[1].settings["mpdd_plate"].limit_train == 4
+    # A model that lies elsewhere, or in a run that did not make it, was trained on a number that is not known.
+    (trained / "config.json").rename(trained / "kept.json")
+    assert read_runs([evaluated])[0].settings["mpdd_plate"].limit_train == NOT_KNOWN
+    kept = json.loads((trained / "kept.json").read_text())
+    kept["config"]["seed"] = 4
+    (trained / "config.json").write_text(json.dumps(kept))
+    (elsewhere,) = read_runs([evaluated])
+    assert elsewhere.settings["mpdd_plate"].limit_train == NOT_KNOWN == elsewhere.settings["mpdd_plate"].train_val_split
+    assert compare.make_comparison([evaluated], compare.ComparisonOptions()).fewshot == {}
+    (trained / "kept.json").replace(trained / "config.json")
     # Where the model has gone, seed and configuration are not known.
     config = json.loads((evaluated / "config.json").read_text())
     config["config"]["models"]["plate"] = "/nowhere"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -482,6 +483,9 @@ def test_hostile_names_break_neither_table_nor_terminal(tmp_path: Path) -> None:
     lines: list[str] = []
     dataset = DatasetConfig("folder", str(tmp_path / "data"), preprocessing=SIZES)
     assert explore_dataset(dataset, tmp_path / "out", lines.append)
+    content = (tmp_path / "out/exploration.json").read_bytes().decode("utf-8")
+    json.dumps(json.loads(content), ensure_ascii=False).encode("utf-8")  # a lone surrogate has no UTF-8
+    assert "\\udce9" in "".join(json.loads(content)["classes"])
     assert "\x1b" not in printable("\x1b[2J") and "\n" not in printable(name)
     text = (tmp_path / "out/exploration.md").read_text(encoding="utf-8", errors="surrogateescape")
     assert "<b>" not in text.replace("\\<b\\>", "")

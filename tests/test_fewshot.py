@@ -16,6 +16,7 @@ from PIL import Image
 
 from patchcore.cli import fewshot_curve, run_patchcore
 from patchcore.comparison import fewshot
+from patchcore.errors import ConfigurationError
 from patchcore.evaluation.fewshot import (
     FEWSHOT_METRICS,
     FewShotPoint,
@@ -270,9 +271,9 @@ def test_runs_that_cannot_be_compared(tmp_path: Path, write_run: WriteRun) -> No
         ([write_run("twice", 4, 0, classes=classes, categories=["plate", "plate"])], "expected a list of names, each"),
         ([write_run("word", 4, 0, classes=classes, categories="plate")], "categories 'plate', expected a list"),
         ([write_run("digits", 4, 0, classes=classes, categories=[1])], r"categories \[1\], expected a list"),
-        ([tmp_path / "nowhere"], r"nowhere' is no folder of a training run \(there is no such folder\): name"),
-        ([tmp_path], r"is no folder of a training run \(it has no config\.json\): name"),
-        ([first / "config.json"], r"config\.json' is no folder of a training run \(it is a file\): name"),
+        ([tmp_path / "nowhere"], r"nowhere' is no run folder \(there is no such folder\): name"),
+        ([tmp_path], r"is no run folder \(it has no config\.json\): name"),
+        ([first / "config.json"], r"config\.json' is no run folder \(it is a file\): name"),
         ([write_run("stored", 4, 0, classes=classes, dataset={"name": "mpdd"})], "stored' is .* has no 'categories'"),
         ([write_run("odd", 4, 0, classes=classes, dataset=[])], "odd' is .* config.json is damaged"),
     ]
@@ -291,6 +292,14 @@ def test_runs_that_cannot_be_compared(tmp_path: Path, write_run: WriteRun) -> No
         assert (finished.code, finished.out, len(finished.error_lines)) == (2, "", 1)
         assert finished.err.startswith(f"error: --out '{out}': '{tmp_path / 'file'}' is no folder, expected ")
     assert invoke(fewshot_curve, "--out", tmp_path / "out").code == 2
+
+
+def test_no_folder_and_stored_models_are_no_training_runs(tmp_path: Path, write_run: WriteRun) -> None:
+    with pytest.raises(ConfigurationError, match="no run folder is named, expected at least one"):
+        fewshot.fewshot_curve([], tmp_path / "out", print)
+    evaluated = write_run("evaluated", None, 0, classes={"plate": (2, 0.6, 0.5)}, models={"plate": "/models/plate"})
+    finished = compare(tmp_path, evaluated)
+    assert finished.code == 2 and "it holds evaluations of stored models" in finished.err
 
 
 def test_folders_of_real_runs(small_dataset: Path, tmp_path: Path) -> None:

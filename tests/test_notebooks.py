@@ -7,16 +7,25 @@ import os
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import REPOSITORY, SMALL_METHOD, SMALL_SAMPLER
 from shell_scripts import render_demo_set
+from synthetic_runs import write_run
+
+from patchcore.storage.run_folder import load_class_result, write_tables
 
 NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
 MAX_CODE_LINES = 25
 CELL_SECONDS = 600
+SHOWN = {
+    "compare_methods": ["PatchCore", "three\\_neighbours", "## image AUROC", "## Speed and memory"],
+    "explore_dataset": ["metal_plate", "## "],
+    "visualize_results": ["mpdd_metal_plate", "instance_auroc", "num_images", "latency_p50_ms", "Mean"],
+}
 
 
 def cells(path: Path, kind: str) -> list[dict[str, Any]]:
@@ -43,6 +52,23 @@ def test_notebooks_call_the_toolkit_and_have_no_logic_of_their_own(path: Path) -
     assert len(code.splitlines()) <= MAX_CODE_LINES
     assert "from patchcore." in code
     assert not re.search(r"^\s*(def|class|if|while|try|import) ", code, re.MULTILINE)
+
+
+def test_results_of_a_method_without_maps_are_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run(tmp_path, "knn", method="resnet_knn", maps=False)
+    result = load_class_result(run, "mpdd_plate")
+    assert result is not None
+    write_tables(run, {"mpdd_plate": result})
+    code = "\n".join("".join(cell["source"]) for cell in cells(NOTEBOOKS[-1], "code"))
+    assert code.count('RUN = Path("../demo/results/demo/PatchCore")') == 1
+    shown: list[object] = []
+    display = types.SimpleNamespace(Image=lambda filename: filename, display=shown.append)
+    monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(display=display))
+    monkeypatch.setitem(sys.modules, "IPython.display", display)
+    exec(code.replace("../demo/results/demo/PatchCore", str(run)), {})
+    assert shown == [] and "mpdd_plate" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +105,7 @@ def test_notebooks_run_as_they_stand(path: Path, demo_clone: Path, monkeypatch: 
     NotebookClient(notebook, timeout=CELL_SECONDS, kernel_name="python3", resources=where).execute()
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     pictures = [o for o in outputs if "image/png" in o.get("data", {})]
-    texts = "".join(o.get("text", "") for o in outputs)
+    texts = "".join(o.get("text", "") + o.get("data", {}).get("text/markdown", "") for o in outputs)
     assert not [o for o in outputs if o.output_type == "error"]
     assert len(pictures) >= 4, "every notebook shows pictures"
-    assert "metal_plate" in texts or "PatchCore" in texts
+    assert [shown for shown in SHOWN[path.stem] if shown not in texts] == []

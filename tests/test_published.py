@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
+from pathlib import Path
 
 import pytest
 
 from patchcore.comparison.measurement import METRICS
+from patchcore.errors import ConfigurationError
 from patchcore.presets.published import FOLDER, SOURCES_FILE, published_numbers
 
 OWN_NAMES = {"original_full_pro", "original_anomaly_pro"}
@@ -47,6 +49,54 @@ def test_each_number_of_the_files_is_read_once() -> None:
 def test_numbers_that_were_looked_up(method: str, row_name: str, metric: str, value: float) -> None:
     found = [n for n in published_numbers() if (n.method, n.row_name, n.metric) == (method, row_name, metric)]
     assert [n.value for n in found] == [value]
+
+
+SOURCE = {
+    "dataset": "mvtec", "name": "theirs", "columns": {"auroc": "instance_auroc"}, "source": "a paper", "remark": "",
+}  # fmt: skip
+LONG = {**SOURCE, "metric_column": "metric", "value_column": "value"}
+
+
+@pytest.mark.parametrize(
+    ("sources", "table", "message"),
+    [
+        ("{", "", r"sources\.json cannot be read"),
+        ("[]", "", r"sources\.json holds no table"),
+        ({"t.csv": 3}, "", r"sources\.json, 't\.csv': 3, expected the fields dataset"),
+        ({"t.csv": {**SOURCE, "source": None}}, "", "'t\\.csv': field 'source' is None, expected a text"),
+        ({"t.csv": {**SOURCE, "columns": []}}, "", r"field 'columns' is \[\]"),
+        ({"t.csv": {**SOURCE, "run_column": 3}}, "", "field 'run_column' is 3"),
+        ({"t.csv": {**SOURCE, "metric_column": "metric"}}, "", "expected both or neither"),
+        ({"nowhere.csv": SOURCE}, "", r"nowhere\.csv cannot be read \(No such file"),
+        ({"t.csv": SOURCE}, "class,pro\nscrew,0.5\n", r"t\.csv has no column 'auroc', which sources\.json names"),
+        ({"t.csv": SOURCE}, "class,auroc\nbolt,0.5\nscrew,high\n", r"t\.csv, line 3, column 'auroc': 'high', expected"),
+        (
+            {"t.csv": SOURCE},
+            "class,auroc\nscrew,98.5\n",
+            r"line 2, column 'auroc': '98\.5', expected a number in \[0, 1\]",
+        ),
+        ({"t.csv": SOURCE}, "class,auroc\nscrew,nan\n", "line 2, column 'auroc': 'nan', expected"),
+        ({"t.csv": SOURCE}, "class,auroc\nscrew\n", "line 2: expected 2 cells"),
+        ({"t.csv": SOURCE}, "class,auroc\nscrew,0.5,0.5\n", "line 2: expected 2 cells"),
+        ({"t.csv": SOURCE}, "class,auroc\n" + "a" * 200_000, r"t\.csv cannot be read \(field larger"),
+        ({"t.csv": LONG}, "class,metric,value\nscrew,pro,0.5\n", "line 2, column 'metric': 'pro', expected auroc"),
+        ({"t.csv": LONG}, "class,metric,value\nscrew,auroc,\n", "line 2, column 'value': '', expected a number"),
+    ],
+)
+def test_damaged_files_of_a_user_are_named_to_the_cell(
+    sources: object, table: str, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "sources.json").write_text(sources if isinstance(sources, str) else json.dumps(sources))
+    (tmp_path / "t.csv").write_text(table)
+    with pytest.raises(ConfigurationError, match=message) as error:
+        published_numbers(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_of_a_user_is_read(tmp_path: Path) -> None:
+    (tmp_path / "sources.json").write_text(json.dumps({"t.csv": SOURCE}))
+    (tmp_path / "t.csv").write_text("class,auroc\nscrew,0.5\nbolt,\nmean,0.5\n")
+    assert [(n.row_name, n.value) for n in published_numbers(tmp_path)] == [("mvtec_screw", 0.5)]
 
 
 def test_what_differs_is_said() -> None:

@@ -210,12 +210,15 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
         assert sentence in page.text
 
 
-def test_damaged_maps_are_one_line(tmp_path: Path) -> None:
+def test_damaged_maps_are_named_in_the_page(tmp_path: Path) -> None:
     run = write_run(tmp_path, "PC")
     (run / "anomaly_scores" / "mpdd_plate.npz").write_bytes(b"PK")
     finished = invoke(compare_results, run, "--image_metrics_only", "--html", "--out", tmp_path / "out")
-    assert finished.code == 2 and "is damaged" in finished.error_lines[-1]
-    assert not (tmp_path / "out").exists()
+    assert finished.code == 0  # no metric needed them
+    text = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "no heat maps: their file is damaged" in text
+    again = invoke(compare_results, run, "--html", "--out", tmp_path / "out")
+    assert again.code == 1 and again.err.count("mpdd_plate.npz is damaged") == 1
 
 
 def test_a_real_run_stores_the_scale_of_its_maps(tmp_path: Path, small_dataset: Path, one_thread: None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import random
@@ -158,8 +159,10 @@ def test_seed_table_by_hand(tmp_path: Path) -> None:
 
 def test_a_record_comes_back_as_it_was(tmp_path: Path) -> None:
     assert load_class_result(tmp_path, "a") is None
-    save_class_result(tmp_path, result("a", 1 / 3))
-    assert load_class_result(tmp_path, "a") == result("a", 1 / 3)
+    record = result("a", 1 / 3)
+    record.timings["train_images"] = 3
+    save_class_result(tmp_path, record)
+    assert load_class_result(tmp_path, "a") == record
 
 
 @pytest.mark.parametrize(
@@ -172,6 +175,38 @@ def test_a_damaged_record_is_refused_by_name(content: str, tmp_path: Path) -> No
     with pytest.raises(DataError, match="remove it") as error:
         load_class_result(tmp_path, "a")
     assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["a\rb", "a\nb", "a\r\nb", "\r", 'a"b,c', " a", "caf\udce9"])
+def test_a_cell_of_any_name_is_read_back_from_its_row(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "names.csv"
+    files.write_csv(path, ["path", "score"], [[name, "1"], ["next", "2"]])
+    with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
+        assert list(csv.reader(file)) == [["path", "score"], [name, "1"], ["next", "2"]]
+    assert path.read_bytes().endswith(b"\nnext,2\n") and b"\r\nnext" not in path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("full_pro", "NaN", r"full_pro is nan, expected a number in \[0, 1\]"),
+        ("pixel_f1_max", "7.0", r"pixel_f1_max is 7\.0, expected a number in \[0, 1\]"),
+        ("precision", "true", "precision is True, expected a number"),
+        ("latency_p50_ms", "-1", "latency_p50_ms is -1, expected a number from 0 up"),
+        ("peak_memory_mb", "Infinity", "peak_memory_mb is inf, expected a number from 0 up"),
+        ("train_images", "2.5", r"train_images is 2\.5, expected a whole number from 1 up"),
+        ("defect_type", "3", "defect_type is 3, expected a text"),
+    ],
+)
+def test_a_record_of_what_cannot_be_is_refused(column: str, value: str, message: str, tmp_path: Path) -> None:
+    record = result("a", None)
+    place = next(part for part in (record.metrics, record.timings, record.by_defect[0]) if column in part)
+    place[column] = "spoiled"
+    save_class_result(tmp_path, record)
+    path = run_folder.class_result_path(tmp_path, "a")
+    path.write_text(path.read_text().replace('"spoiled"', value))
+    with pytest.raises(DataError, match=message):
+        load_class_result(tmp_path, "a")
 
 
 # ---------------------------------------------------------------- resuming

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from synthetic_runs import write_run
 
 from patchcore.errors import ConfigurationError
 from patchcore.run_views import defect_table, hardest_pictures, result_table, scored_classes, timing_table
@@ -45,6 +46,25 @@ def test_pictures_that_were_not_saved_are_asked_for(run: Path) -> None:
         hardest_pictures(run, "mpdd_plate", 1)
     with pytest.raises(ConfigurationError, match=r"mpdd_rod.csv cannot be read .*: name the folder of a run"):
         hardest_pictures(run, "mpdd_rod", 1)
+
+
+def test_a_method_without_maps_has_no_pictures_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = write_run(tmp_path, "knn", method="resnet_knn", maps=False)
+    assert hardest_pictures(run, "mpdd_plate", 1) == []
+    assert "no pictures of mpdd_plate" in caplog.text and "no anomaly maps" in caplog.text
+    with pytest.raises(ConfigurationError, match="run with --save_segmentation_images"):
+        hardest_pictures(write_run(tmp_path, "PC"), "mpdd_plate", 1)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("path,label\na,0\n", "is damaged"), ("path,defect_type,label,score\na,good,0,much\n", "is damaged"),
+     ("path\n" + "a" * 200_000, "cannot be read")],
+)  # fmt: skip
+def test_damaged_scores_are_named(content: str, message: str, run: Path) -> None:
+    (run / "anomaly_scores" / "mpdd_plate.csv").write_text(content)
+    with pytest.raises(ConfigurationError, match=rf"mpdd_plate\.csv {message}"):
+        hardest_pictures(run, "mpdd_plate", 1)
 
 
 def test_tables_have_three_decimals_and_keep_names_counts_and_blank_cells(run: Path) -> None:

@@ -21,7 +21,7 @@ from patchcore.evaluation.metrics import label_regions
 from patchcore.evaluation.plots.exploration import ClassDistribution, Tile, contact_sheet, distributions_picture
 from patchcore.evaluation.plots.pictures import picture_names, png_bytes
 from patchcore.evaluation.report import text_table
-from patchcore.storage.files import write_bytes, write_json
+from patchcore.storage.files import escaped, write_bytes, write_json
 from patchcore.storage.run_folder import require_output_folder
 
 SCHEMA_VERSION = 1
@@ -77,7 +77,7 @@ def explore_dataset(dataset: DatasetConfig, out: Path, announce: Announce) -> bo
     }
     write_bytes(out / "distributions.png", png_bytes(distributions_picture(distributions)))
     write_bytes(out / "exploration.md", markdown(content).encode("utf-8", "surrogateescape"))
-    write_json(out / "exploration.json", content)
+    write_json(out / "exploration.json", escaped(content))
     announce(text_table(*overview(content)))
     for problem in content["problems"]:
         announce(problem_text(problem))

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import csv
+import logging
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
-from patchcore.errors import ConfigurationError
+from patchcore.errors import ConfigurationError, DataError
 from patchcore.evaluation.plots.pictures import picture_names
 from patchcore.evaluation.report import text_table
-from patchcore.storage.run_folder import ROW_NAMES
+from patchcore.storage.run_folder import ROW_NAMES, load_class_result
+
+LOGGER = logging.getLogger(__name__)
 
 RESULT_COLUMNS = (ROW_NAMES, "instance_auroc", "full_pixel_auroc", "full_pro", "image_f1_max", "precision", "recall")
 DEFECT_COLUMNS = (ROW_NAMES, "defect_type", "num_images", "instance_auroc", "full_pixel_auroc", "full_pro", "recall")
@@ -49,13 +52,24 @@ def hardest_pictures(run: Path, row_name: str, number: int = 2) -> list[Path]:
         row_name: Class, as `scored_classes` names it.
         number: How many of either.
 
+    Returns:
+        The pictures; none, and a warning, where the class has no pixel metrics and hence nothing to be drawn.
+
     Raises:
         ConfigurationError: The class has no scores, or no pictures were saved.
     """
-    rows = _rows(run / "anomaly_scores" / f"{row_name}.csv")
+    path = run / "anomaly_scores" / f"{row_name}.csv"
+    rows = _rows(path)
     folder = run / "segmentation_images" / row_name
-    names = picture_names([(row["defect_type"], PurePosixPath(row["path"]).stem) for row in rows])
-    scored = sorted((float(row["score"]), row["label"], folder / name) for row, name in zip(rows, names, strict=True))
+    if not folder.is_dir() and not _has_pixel_metrics(run, row_name):
+        LOGGER.warning("there are no pictures of %s in %s: its method has no anomaly maps", row_name, run)
+        return []
+    try:
+        names = picture_names([(row["defect_type"], PurePosixPath(row["path"]).stem) for row in rows])
+        figures = [(float(row["score"]), row["label"]) for row in rows]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigurationError(f"{path} is damaged ({error}): evaluate the class again") from error
+    scored = sorted((score, label, folder / name) for (score, label), name in zip(figures, names, strict=True))
     good = [path for _, label, path in reversed(scored) if label == "0"]
     anomalous = [path for _, label, path in scored if label == "1"]
     chosen = good[:number] + anomalous[:number]
@@ -65,8 +79,20 @@ def hardest_pictures(run: Path, row_name: str, number: int = 2) -> list[Path]:
     return chosen
 
 
+def _has_pixel_metrics(run: Path, row_name: str) -> bool:
+    """Return whether a class has pixel metrics; assumed where its record cannot be read."""
+    try:
+        result = load_class_result(run, row_name)
+    except DataError:
+        return True
+    return result is None or result.metrics["full_pixel_auroc"] is not None
+
+
 def _table(path: Path, columns: Sequence[str]) -> str:
-    rows = [[row[c] if c in NAME_COLUMNS else _short(row[c]) for c in columns] for row in _rows(path)]
+    try:
+        rows = [[row[c] if c in NAME_COLUMNS else _short(row[c]) for c in columns] for row in _rows(path)]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigurationError(f"{path} is damaged ({error}): name the folder of a run that has ended") from error
     return text_table(columns, rows)
 
 
@@ -79,7 +105,8 @@ def _rows(path: Path) -> list[dict[str, str]]:
     try:
         with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
             return list(csv.DictReader(file))
-    except OSError as error:
+    except (OSError, csv.Error) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigurationError(
-            f"{path} cannot be read ({error.strerror}): name the folder of a run that has ended"
+            f"{path} cannot be read ({reason}): name the folder of a run that has ended"
         ) from error

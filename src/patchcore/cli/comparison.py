@@ -34,7 +34,7 @@ def compare_results(
 ) -> int:
     """Tables, plots and summary.json of RUN_FOLDERS: any methods and classes, several seeds each.
 
-    Exit code 1: a class of a run was not finished and is left out.
+    Exit code 1: a class of a run was not finished, or its files are damaged, and it is left out.
     """
     log_to_console()
     from patchcore.comparison.compare import ComparisonOptions

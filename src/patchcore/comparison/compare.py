@@ -13,9 +13,9 @@ from patchcore.comparison.alignment import align_images, class_runs, require_sam
 from patchcore.comparison.measurement import ClassMeasurement, measure_class
 from patchcore.comparison.methods import Method, enter_classes, fewshot_family, fewshot_label, group_runs
 from patchcore.comparison.report import report_page
-from patchcore.comparison.runs import read_classes, read_runs
+from patchcore.comparison.runs import NOT_KNOWN, read_classes, read_runs
 from patchcore.comparison.summary import FORMAT, build_summary
-from patchcore.errors import ConfigurationError, DataError
+from patchcore.errors import ConfigurationError
 from patchcore.evaluation.comparison_tables import markdown_report, overview, plain_rows, result_rows
 from patchcore.evaluation.fewshot import FEWSHOT_METRICS, FewShotPoint, Observation, fewshot_points
 from patchcore.evaluation.plots.bars import performance_picture
@@ -30,9 +30,9 @@ from patchcore.evaluation.plots.rankings import (
 )
 from patchcore.evaluation.plots.tradeoff import pareto_picture
 from patchcore.evaluation.report import text_table
-from patchcore.presets.published import PublishedNumber, published_numbers
+from patchcore.presets.published import published_numbers
 from patchcore.storage import run_folder
-from patchcore.storage.files import write_bytes, write_csv, write_json
+from patchcore.storage.files import escaped, write_bytes, write_csv, write_json
 from patchcore.storage.run_folder import MEAN_ROW
 
 LOGGER = logging.getLogger(__name__)
@@ -106,7 +106,7 @@ def compare_results(
         announce: Receives the overview and the path, meant for the user.
 
     Returns:
-        Whether every class of every run was there; classes that are not are named and left out.
+        Whether every class of every run was there, maps undamaged; what is not is named and left out.
 
     Raises:
         ConfigurationError: A folder holds no run, the runs cannot be compared, or `out` is no place for files; nothing
@@ -124,6 +124,7 @@ def compare_results(
 
 def make_comparison(folders: Sequence[Path], options: ComparisonOptions) -> Comparison:
     """Read and measure; see `compare_results`."""
+    known = published_numbers() if options.published else []
     runs = read_runs(folders)
     methods = group_runs(runs)
     finished, incomplete = [], []
@@ -140,24 +141,29 @@ def make_comparison(folders: Sequence[Path], options: ComparisonOptions) -> Comp
     if not options.image_metrics_only:
         require_same_resolution(methods)
     reduced = align_images(methods, options.intersect)
-    measurements = [_measured(name, methods, reduced[name], options.image_metrics_only) for name in row_names(methods)]
-    published = _published(measurements) if options.published else []
+    measurements = [
+        measure_class(name, methods, reduced[name], options.image_metrics_only) for name in row_names(methods)
+    ]
+    for sentence in (sentence for m in measurements for sentence in m.damaged_maps):
+        LOGGER.warning("%s", sentence)
+        incomplete.append(sentence)
+    published = [number for number in known if number.row_name in row_names(methods)]
     notes = [*incomplete, *_notes(methods, measurements, reduced, options)]
     if options.published and not published:
         notes.append("no published numbers of these classes are known")
     for note in notes[len(incomplete) :]:
         LOGGER.info("note: %s", note)
     summary = build_summary(methods, measurements, published, notes)
-    fewshot = _fewshot(methods)
+    fewshot = _fewshot(methods, measurements)
     summary["fewshot"] = list(_fewshot_rows(fewshot))
-    return Comparison(summary, methods, fewshot, incomplete)
+    return Comparison(escaped(summary), methods, fewshot, incomplete)
 
 
 def write_comparison(comparison: Comparison, out: Path, html: bool = False) -> None:
     """Write all files of a comparison, those of an earlier one in `out` that have no successor removed."""
     contents = dict(_contents(comparison))  # first: what fails here has replaced no file
     if html:
-        contents[REPORT_FILE] = _report(comparison, contents)
+        contents[REPORT_FILE] = report_page(comparison.summary, comparison.methods, contents)
     stale = _files_of_earlier(out) - contents.keys()
     write_json(out / SUMMARY_FILE, {**comparison.summary, "files": sorted(contents)})
     for name, content in contents.items():
@@ -185,13 +191,6 @@ def scored_classes(methods: Sequence[Method]) -> list[ScoredClass]:
     return classes
 
 
-def _measured(name: str, methods: Sequence[Method], reduced: bool, image_only: bool) -> ClassMeasurement:
-    try:
-        return measure_class(name, methods, reduced, image_only)
-    except DataError as error:
-        raise ConfigurationError(str(error)) from error
-
-
 def _contents(comparison: Comparison) -> Iterator[tuple[str, Any]]:
     """Yield name and content of each file: bytes, or header and rows of a csv file."""
     summary = comparison.summary
@@ -212,14 +211,6 @@ def _contents(comparison: Comparison) -> Iterator[tuple[str, Any]]:
         yield FEWSHOT_FILE, png_bytes(fewshot_picture(_curve_points(comparison.fewshot), MEAN_ROW))
 
 
-def _report(comparison: Comparison, contents: Mapping[str, Any]) -> bytes:
-    """Return the page, given the other files; maps that are damaged and that no metric needed are found here."""
-    try:
-        return report_page(comparison.summary, comparison.methods, contents)
-    except DataError as error:
-        raise ConfigurationError(str(error)) from error
-
-
 def _files_of_earlier(out: Path) -> set[str]:
     """Return the files that a comparison in `out` has written, by its own account."""
     try:
@@ -228,11 +219,6 @@ def _files_of_earlier(out: Path) -> set[str]:
         return {name for name in listed if name in FILES}
     except (OSError, ValueError, KeyError, TypeError):
         return set()
-
-
-def _published(measurements: Sequence[ClassMeasurement]) -> list[PublishedNumber]:
-    names = {measurement.row_name for measurement in measurements}
-    return [number for number in published_numbers() if number.row_name in names]
 
 
 def _notes(
@@ -278,17 +264,20 @@ def _folders(folders: Iterable[Path]) -> str:
     return ", ".join(names[:NAMED_FOLDERS]) + more
 
 
-def _fewshot(methods: Sequence[Method]) -> dict[str, list[FewShotPoint]]:
+def _fewshot(methods: Sequence[Method], measurements: Sequence[ClassMeasurement]) -> dict[str, list[FewShotPoint]]:
     """Return the points of each group of methods that differ in --limit_train alone, by its label."""
     families: dict[str, list[Method]] = {}
     for method in methods:
+        if method.limit_train == NOT_KNOWN:
+            continue
         families.setdefault(fewshot_family(method), []).append(method)
     varied = [family for family in families.values() if len({m.limit_train for m in family}) > 1]
     labels = [fewshot_label(family[0]) for family in varied]
     if len(set(labels)) < len(labels):
         labels = [f"{label} #{number}" for number, label in enumerate(labels, start=1)]
     return {
-        label: fewshot_points(_observations(family), MEAN_ROW) for label, family in zip(labels, varied, strict=True)
+        label: fewshot_points(list(_observations(family, measurements)), MEAN_ROW)
+        for label, family in zip(labels, varied, strict=True)
     }
 
 
@@ -310,17 +299,15 @@ def _curve_points(fewshot: Mapping[str, Sequence[FewShotPoint]]) -> list[FewShot
     return points
 
 
-def _observations(family: Sequence[Method]) -> list[Observation]:
-    return [
-        Observation(
-            run.row_name,
-            method.limit_train,
-            float(run.result.timings["train_images"]),
-            run.seed or 0,
-            {metric: run.result.metrics[metric] for metric in FEWSHOT_METRICS},
-        )
-        for method in family
-        for runs in method.classes.values()
-        for run in runs
-        if run.result.timings["train_images"]
-    ]
+def _observations(family: Sequence[Method], measurements: Sequence[ClassMeasurement]) -> Iterator[Observation]:
+    """Yield the classes of every run with what was measured: the stored metrics may be of other images."""
+    for method in family:
+        for measurement in measurements:
+            entry, limit = measurement.of(method.label), method.limit_train
+            if entry is None or isinstance(limit, str):
+                continue
+            for seed, metrics, timings in zip(entry.seeds, entry.metrics, entry.timings, strict=True):
+                if timings["train_images"]:
+                    own = {metric: metrics[metric] for metric in FEWSHOT_METRICS}
+                    num_images = float(timings["train_images"])
+                    yield Observation(measurement.row_name, limit, num_images, seed, own)

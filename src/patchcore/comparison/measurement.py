@@ -13,7 +13,7 @@ import numpy as np
 from patchcore.comparison.alignment import class_runs
 from patchcore.comparison.methods import Method
 from patchcore.comparison.runs import ClassRun, ImageScores
-from patchcore.errors import ConfigurationError
+from patchcore.errors import ConfigurationError, DataError
 from patchcore.evaluation.defect_sizes import SizeQuartile, size_quartiles
 from patchcore.evaluation.metrics import image_metrics
 from patchcore.evaluation.paired import NUM_RESAMPLES, stratified_weights, weighted_image_metrics
@@ -47,7 +47,7 @@ class MethodOnClass:
         label: The method.
         seeds: Seed of each run.
         metrics: Per seed one value for each of METRICS; None is a blank cell.
-        resampled: Per metric its mean over seeds on each resample, [R]; None where it could not be resampled.
+        resampled: Per metric and seed its value on each resample, [R]; None where it could not be resampled.
         by_defect: Per seed one row per defect type, with DEFECT_METRICS.
         by_size: Per seed one row per quartile of size, with DEFECT_METRICS.
         timings: Per seed the times and sizes of timings.csv.
@@ -56,7 +56,7 @@ class MethodOnClass:
     label: str
     seeds: list[int | None] = field(default_factory=list)
     metrics: list[dict[str, float | None]] = field(default_factory=list)
-    resampled: dict[str, np.ndarray | None] = field(default_factory=dict)
+    resampled: dict[str, list[np.ndarray | None]] = field(default_factory=dict)
     by_defect: list[list[dict[str, Any]]] = field(default_factory=list)
     by_size: list[list[dict[str, Any]]] = field(default_factory=list)
     timings: list[Mapping[str, Any]] = field(default_factory=list)
@@ -72,6 +72,7 @@ class ClassMeasurement:
         methods: One entry per method that finished the class.
         quartiles: Of defect size; empty where sizes are not known.
         without_maps: Run folders with pixel metrics, but without maps.
+        damaged_maps: One sentence for each run whose maps are damaged; it counts as a run without maps.
         without_sizes: Run folders, if none of them says how large the defects are.
     """
 
@@ -80,7 +81,12 @@ class ClassMeasurement:
     methods: list[MethodOnClass]
     quartiles: list[SizeQuartile]
     without_maps: list[Path]
+    damaged_maps: list[str]
     without_sizes: list[Path]
+
+    def of(self, label: str) -> MethodOnClass | None:
+        """Return the numbers of one method; None where it has not finished the class."""
+        return next((entry for entry in self.methods if entry.label == label), None)
 
 
 def measure_class(row_name: str, methods: Sequence[Method], reduced: bool, image_only: bool) -> ClassMeasurement:
@@ -97,7 +103,6 @@ def measure_class(row_name: str, methods: Sequence[Method], reduced: bool, image
 
     Raises:
         ConfigurationError: Maps of two runs are over different masks.
-        DataError: A file of maps is damaged.
     """
     runs = list(class_runs(methods, row_name))
     labels = runs[0].images.labels
@@ -110,7 +115,7 @@ def measure_class(row_name: str, methods: Sequence[Method], reduced: bool, image
         meter.measure(method.label, method.classes[row_name]) for method in methods if row_name in method.classes
     ]
     without_sizes = [] if image_only or defect_px is not None else [run.run.folder for run in runs]
-    return ClassMeasurement(row_name, labels, entries, quartiles, meter.without_maps, without_sizes)
+    return ClassMeasurement(row_name, labels, entries, quartiles, meter.without_maps, meter.damaged_maps, without_sizes)
 
 
 @dataclass
@@ -124,6 +129,7 @@ class _Meter:
         reduced: Whether images were left out, so that the metrics are computed anew.
         image_only: Leave pixel metrics blank.
         without_maps: Run folders met that have pixel metrics, but no maps.
+        damaged_maps: One sentence for each run met whose maps are damaged.
     """
 
     masks: _Masks
@@ -132,15 +138,13 @@ class _Meter:
     reduced: bool
     image_only: bool
     without_maps: list[Path] = field(default_factory=list)
+    damaged_maps: list[str] = field(default_factory=list)
 
     def measure(self, label: str, runs: Sequence[ClassRun]) -> MethodOnClass:
         """Return the numbers of one method, given its runs of the class."""
-        entry = MethodOnClass(label)
-        samples: dict[str, list[np.ndarray | None]] = {metric: [] for metric in METRICS}
+        entry = MethodOnClass(label, resampled={metric: [] for metric in METRICS})
         for run in progress(runs, f"{self.masks.row_name}: {label}"):
-            maps = None if self.image_only else self.masks.checked_maps(run)
-            if maps is None and not self.image_only and run.result.metrics["full_pixel_auroc"] is not None:
-                self.without_maps.append(run.run.folder)
+            maps = None if self.image_only else self._maps(run)
             histograms = None
             if maps is not None and self.masks.masks is not None:
                 histograms = pixel_histograms(maps, self.masks.masks, self.masks.regions)
@@ -153,9 +157,19 @@ class _Meter:
             resampled = weighted_image_metrics(run.images.scores, run.images.labels, self.weights)
             resampled |= weighted_pixel_metrics(histograms, self.weights) if histograms is not None else {}
             for metric in METRICS:
-                samples[metric].append(resampled.get(metric))
-        entry.resampled = {metric: _mean_over_seeds(values) for metric, values in samples.items()}
+                entry.resampled[metric].append(resampled.get(metric))
         return entry
+
+    def _maps(self, run: ClassRun) -> np.ndarray | None:
+        """Return the maps of a run; where there are none to be read, note why."""
+        try:
+            maps = self.masks.checked_maps(run)
+        except DataError as error:
+            self.damaged_maps.append(f"the maps of {self.masks.row_name} of {run.run.folder} are left out: {error}")
+            return None
+        if maps is None and run.result.metrics["full_pixel_auroc"] is not None:
+            self.without_maps.append(run.run.folder)
+        return maps
 
     def _metrics(self, run: ClassRun, maps: np.ndarray | None) -> tuple[dict[str, float | None], list[dict[str, Any]]]:
         """Return the metrics of a run and those of its defect types: the stored ones, or anew on fewer images."""
@@ -222,8 +236,3 @@ def _by_size(
             row |= {name: float(pixel[name][0]) for name in ("full_pixel_auroc", "full_pro")}
         rows.append({"quartile": quartile.number, "num_images": len(quartile.images), **row})
     return rows
-
-
-def _mean_over_seeds(values: Sequence[np.ndarray | None]) -> np.ndarray | None:
-    known = [v for v in values if v is not None]
-    return np.mean(known, axis=0) if known and len(known) == len(values) else None

@@ -22,6 +22,7 @@ from typing import Any
 
 from patchcore.comparison.runs import ClassRun, Run, Setting
 from patchcore.errors import ConfigurationError
+from patchcore.storage.files import escaped
 from patchcore.storage.run_folder import differences
 
 DEFAULT_GROUP = "group"  # of --log_group: says nothing
@@ -48,7 +49,8 @@ class Method:
         return {row_name: setting for run in self.runs for row_name, setting in run.settings.items()}
 
     @property
-    def limit_train(self) -> int | None:
+    def limit_train(self) -> int | str | None:
+        """Number of training images asked for, None for all, or NOT_KNOWN."""
         return next(iter(self.settings.values())).limit_train
 
     @property
@@ -101,9 +103,18 @@ def fewshot_family(method: Method) -> str:
 
 
 def fewshot_label(method: Method) -> str:
-    """Return a label without the number of training images that scripts and users put into group names."""
-    without = re.sub(rf"_?N?{method.limit_train}(?=$|_| )", "", method.label, count=1) if method.limit_train else ""
-    return without or method.label
+    """Return a label without the number of training images that scripts and users put into group names.
+
+    `_N<number>` is looked for first; a number without N is one of images only at the end of the name, as the 50 of
+    WR50 is not.
+    """
+    limit = method.limit_train
+    name, bracket, what_differs = method.label.partition(" (")
+    if limit is not None:
+        without = re.sub(rf"(^|_)N{limit}(?=[_ ]|$)", "", name, count=1)
+        name = (without if without != name else re.sub(rf"(^|_){limit}(?= #|$)", "", name)).strip("_") or name
+    named = [part for part in what_differs.removesuffix(")").split(", ") if not part.startswith("limit_train ")]
+    return f"{name}{bracket}{', '.join(named)})" if any(named) else name
 
 
 def _belongs(run: Run, method: Method) -> bool:
@@ -127,7 +138,7 @@ def _key(setting: Setting) -> str:
 
 def _group_label(run: Run) -> str:
     """Return the name of a run folder without seed and class, or the method's where that says nothing."""
-    name = re.sub(r"_S\d+(_\d+)?(?=_|$)", "", run.folder.resolve().name)
+    name = re.sub(r"_S\d+(_\d+)?(?=_|$)", "", escaped(run.folder.resolve().name))
     if len(run.settings) == 1:
         category = next(iter(run.settings)).partition("_")[2]
         name = re.sub(rf"(^|_){re.escape(category)}(?=_|$)", "", name).strip("_")
@@ -144,7 +155,8 @@ def _make_labels_unique(methods: Sequence[Method]) -> None:
         names = _telling_names(alike)
         for method in alike:
             setting = asdict(next(iter(method.settings.values())))
-            method.label = f"{label} ({', '.join(f'{_leaf(n)} {_value(setting, n)}' for n in names)})"
+            if names:
+                method.label = f"{label} ({', '.join(f'{_leaf(n)} {_value(setting, n)}' for n in names)})"
     taken: Counter[str] = Counter()
     for method in methods:  # what is still alike differs in too much for a label
         taken[method.label] += 1
@@ -153,9 +165,15 @@ def _make_labels_unique(methods: Sequence[Method]) -> None:
 
 
 def _telling_names(alike: Sequence[Method]) -> list[str]:
-    first, *others = [asdict(next(iter(m.settings.values()))) for m in alike]
-    found = dict.fromkeys(name for other in others for name, _, _ in differences(first, other))
-    return list(found)[:MAX_DIFFERENCES]
+    """Return some of the settings in which methods differ, but none that is a whole table in one of them."""
+    settings = [asdict(next(iter(m.settings.values()))) for m in alike]
+    found = dict.fromkeys(name for other in settings[1:] for name, _, _ in differences(settings[0], other))
+    short = [name for name in found if not any(_holds_table(_value(s, name)) for s in settings)]
+    return short[:MAX_DIFFERENCES]
+
+
+def _holds_table(value: object) -> bool:
+    return isinstance(value, dict) or (isinstance(value, list) and any(_holds_table(v) for v in value))
 
 
 def _leaf(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -12,9 +13,12 @@ from patchcore.comparison.methods import Method
 from patchcore.comparison.runs import ClassRun, Run
 from patchcore.config_json import config_from_dict
 from patchcore.configs import PreprocessingConfig
+from patchcore.errors import DataError
 from patchcore.report_html.gallery import GalleryClass, GalleryMethod, MethodMaps, gallery_data
 from patchcore.report_html.page import ReportContent, RunDescription, render_page
 from patchcore.report_html.pictures import ImageFolder
+
+LOGGER = logging.getLogger(__name__)
 
 MAX_PICTURE_BYTES = 22_000_000  # leaves room for plots and numbers in a page of 25 MB
 PLOT_TITLES = {
@@ -27,6 +31,7 @@ PLOT_TITLES = {
 }
 NOT_SAVED = "no heat maps: the run was made without --save_anomaly_scores"
 NO_MAPS = "no heat maps: the method has none, or the run was made without --save_anomaly_scores"
+DAMAGED = "no heat maps: their file is damaged"
 OTHER_RESOLUTION = "no heat maps: the run has another resolution than the first one"
 
 
@@ -37,9 +42,6 @@ def report_page(summary: Mapping[str, Any], methods: Sequence[Method], plots: Ma
         summary: What summary.json holds.
         methods: The methods with their aligned runs.
         plots: Name and content of the plots.
-
-    Raises:
-        DataError: A file of maps is damaged.
     """
     classes = [_gallery_class(name, methods) for name in row_names(methods)]
     gallery = gallery_data(classes, MAX_PICTURE_BYTES)
@@ -74,7 +76,9 @@ def _gallery_class(row_name: str, methods: Sequence[Method]) -> GalleryClass:
 def _gallery_method(label: str, run: ClassRun, first: ClassRun) -> GalleryMethod:
     same = run.setting.preprocessing == first.setting.preprocessing
     reason = OTHER_RESOLUTION
-    if same:
+    if same and run.maps_path.is_file():
+        reason = DAMAGED
+    elif same:
         reason = NO_MAPS if run.result.metrics["full_pixel_auroc"] is None else NOT_SAVED
     return GalleryMethod(
         label, run.seed, run.images.scores, run.images.normalized, lambda: _maps(run) if same else None, reason
@@ -82,7 +86,12 @@ def _gallery_method(label: str, run: ClassRun, first: ClassRun) -> GalleryMethod
 
 
 def _maps(run: ClassRun) -> MethodMaps | None:
-    stored = run.stored_maps()
+    """Return the maps of a run, None where there are none to be read; the comparison has named damaged ones."""
+    try:
+        stored = run.stored_maps()
+    except DataError as error:
+        LOGGER.debug("%s", error)
+        return None
     return None if stored is None else MethodMaps(stored.maps, stored.masks, stored.sizes, stored.pixel_scale)
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import csv
-import json
 import logging
 import math
 import re
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from patchcore.comparison.folders import are_distinct_strings, is_integer, why_no_run
+from patchcore.comparison.folders import StoredConfig, no_run_folder, read_stored_config
+from patchcore.configs import TrainingSource
 from patchcore.errors import ConfigurationError, DataError
 from patchcore.storage import run_folder
 from patchcore.storage.model_folder import read_model_header
@@ -23,6 +24,12 @@ from patchcore.storage.run_folder import ClassResult
 
 LOGGER = logging.getLogger(__name__)
 
+# What numpy and zipfile raise for bytes that are no archive of arrays; RuntimeError: encrypted, or an odd compression.
+UNREADABLE_ARCHIVE = (
+    *(OSError, ValueError, KeyError, IndexError, AttributeError, TypeError, EOFError, RuntimeError),
+    *(zipfile.BadZipFile, zlib.error),
+)
+NOT_KNOWN = "not known"  # how many images a stored model was trained on, where its run folder is gone
 NO_IMAGE = 255  # mask value of padding
 
 
@@ -35,16 +42,16 @@ class Setting:
         method_config: Configuration of the method for the class; None where it is not known.
         calibration: How thresholds were found.
         preprocessing: Resize and crop.
-        train_val_split: Share of the training images used for training.
-        limit_train: Number of training images that was asked for; None asks for all.
+        train_val_split: Share of the training images used for training, or NOT_KNOWN.
+        limit_train: Number of training images that was asked for, or NOT_KNOWN; None asks for all.
     """
 
     method: str
     method_config: Mapping[str, Any] | None
     calibration: str
     preprocessing: Mapping[str, Any]
-    train_val_split: float
-    limit_train: int | None
+    train_val_split: float | str
+    limit_train: int | str | None
 
 
 @dataclass(frozen=True)
@@ -161,6 +168,8 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     Raises:
         ConfigurationError: A folder holds no run, or is given twice.
     """
+    if not folders:
+        raise ConfigurationError("no run folder is named, expected at least one")
     folders = [f for f in folders if not (re.search(r"_seeds(_\d+)?\.csv$", f.name) and f.is_file())]
     if not folders:
         raise ConfigurationError("only tables over seeds are named, expected run folders")
@@ -174,29 +183,25 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
 
 def _read_run(folder: Path) -> Run:
+    stored = read_stored_config(folder)
+    reading = _trained if stored.seed is not None else _stored_models
     try:
-        stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        config, environment = stored["config"], stored.get("environment", {})
-        dataset = config["dataset"]
-        categories, limit = dataset["categories"], dataset["limit_train"]
-        rows = {category: f"{dataset['name']}_{category}" for category in categories}
-        reading = _stored_models if "models" in config else _trained
-        settings, seeds = reading(config, list(rows))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigurationError(
-            f"{str(folder)!r} is no run folder ({why_no_run(folder, error)}): name folders that hold a results.csv "
-            "and a config.json"
-        ) from error
-    if not are_distinct_strings(categories) or not (limit is None or is_integer(limit)):
-        raise ConfigurationError(f"{str(folder)!r} is no run folder (its config.json is damaged): name run folders")
-    by_row = {rows[c]: setting for c, setting in settings.items()}
-    return Run(folder, by_row, {rows[c]: seed for c, seed in seeds.items()}, environment, config)
+        settings, seeds = reading(stored)
+    except (KeyError, TypeError, AttributeError) as error:
+        missing = f"has no {error.args[0]!r}" if isinstance(error, KeyError) else "is damaged"
+        raise no_run_folder(folder, f"its config.json {missing}") from error
+    for setting in settings.values():
+        _require_sound_setting(setting, folder / "config.json")
+    by_row = {stored.row_names[c]: setting for c, setting in settings.items()}
+    return Run(
+        folder, by_row, {stored.row_names[c]: seed for c, seed in seeds.items()}, stored.environment, stored.config
+    )
 
 
-def _trained(config: Mapping[str, Any], categories: Sequence[str]) -> tuple[dict[str, Setting], dict[str, int | None]]:
+def _trained(stored: StoredConfig) -> tuple[dict[str, Setting], dict[str, int | None]]:
     """Return settings and seeds per class of a run that trained."""
-    dataset = config["dataset"]
-    of_class = config.get("method_config_of_class") or dict.fromkeys(categories, config.get("method_config"))
+    config, dataset = stored.config, stored.config["dataset"]
+    of_class = config.get("method_config_of_class") or dict.fromkeys(stored.row_names, config.get("method_config"))
     settings = {
         category: Setting(
             config["method"],
@@ -204,36 +209,61 @@ def _trained(config: Mapping[str, Any], categories: Sequence[str]) -> tuple[dict
             config["calibration"],
             dataset["preprocessing"],
             dataset["train_val_split"],
-            dataset["limit_train"],
+            stored.limit_train,
         )
-        for category in categories
+        for category in stored.row_names
     }
-    if not is_integer(config["seed"]):
-        raise ValueError("no seed")
-    return settings, dict.fromkeys(categories, config["seed"])
+    return settings, dict.fromkeys(stored.row_names, stored.seed)
 
 
-def _stored_models(
-    config: Mapping[str, Any], categories: Sequence[str]
-) -> tuple[dict[str, Setting], dict[str, int | None]]:
+def _stored_models(stored: StoredConfig) -> tuple[dict[str, Setting], dict[str, int | None]]:
     """Return settings and seeds per class of a run that evaluated stored models, as far as these are still there."""
-    dataset = config["dataset"]
     settings: dict[str, Setting] = {}
     seeds: dict[str, int | None] = {}
-    for category in categories:
-        method, method_config, calibration = config["methods"][category], None, "stored"
+    for category in stored.row_names:
+        method, method_config, calibration = stored.config["methods"][category], None, "stored"
+        model = Path(stored.config["models"][category])
         seeds[category] = None
+        share: float | str = NOT_KNOWN
+        limit: int | str | None = NOT_KNOWN
         try:
-            header = read_model_header(Path(config["models"][category]))
+            header = read_model_header(model)
         except ConfigurationError as error:
             LOGGER.debug("model of %s: %s", category, error)
         else:
             method_config, seeds[category] = header.config, header.source.seed
             calibration = header.calibration.method if header.calibration else "none"
-        settings[category] = Setting(
-            method, method_config, calibration, dataset["preprocessing"], dataset["train_val_split"], None
-        )
+            share, limit = _training_images(model, header.source)
+        preprocessing = stored.config["dataset"]["preprocessing"]
+        settings[category] = Setting(method, method_config, calibration, preprocessing, share, limit)
     return settings, seeds
+
+
+def _training_images(model: Path, source: TrainingSource) -> tuple[float | str, int | str | None]:
+    """Return train_val_split and limit_train of a stored model, which only the run folder it lies in knows."""
+    try:
+        run = read_stored_config(model.resolve().parent.parent)
+    except ConfigurationError as error:
+        LOGGER.debug("training run of %s: %s", model, error)
+        return NOT_KNOWN, NOT_KNOWN
+    if (run.seed, run.dataset) != (source.seed, source.dataset) or source.category not in run.row_names:
+        return NOT_KNOWN, NOT_KNOWN  # the model was copied to another run
+    return run.config["dataset"].get("train_val_split", NOT_KNOWN), run.limit_train
+
+
+def _require_sound_setting(setting: Setting, path: Path) -> None:
+    """Raise ConfigurationError for values of config.json that are not of their kind."""
+    kinds: dict[str, tuple[type, ...]] = {
+        "method": (str,),
+        "method_config": (dict, type(None)),
+        "calibration": (str,),
+        "preprocessing": (dict,),
+        "train_val_split": (int, float, str),
+    }
+    for name, kind in kinds.items():
+        value = getattr(setting, name)
+        if not isinstance(value, kind):
+            raise ConfigurationError(f"{path}: {name} {value!r} is damaged: run the class again")
 
 
 def read_classes(run: Run) -> tuple[list[ClassRun], list[str]]:
@@ -278,7 +308,7 @@ def _read_scores(path: Path) -> ImageScores:
         _require_sound(images)
     except FileNotFoundError as error:
         raise DataError(f"{path} is missing: evaluate the class again") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
         raise DataError(f"{path} is damaged ({error}): evaluate the class again") from error
     return images
 
@@ -290,10 +320,16 @@ def _column(rows: Sequence[Mapping[str, str]], name: str, dtype: type) -> np.nda
 
 
 def _require_sound(images: ImageScores) -> None:
-    """Raise ValueError for scores that are no numbers and images that occur twice."""
+    """Raise ValueError for numbers that cannot be, and for images that occur twice."""
     numbers = [images.scores] if images.normalized is None else [images.scores, images.normalized]
     if not all(math.isfinite(value) for values in numbers for value in values):
         raise ValueError("a score is no finite number")
+    if images.normalized is not None and not np.all((images.normalized >= 0) & (images.normalized <= 1)):
+        raise ValueError("a normalized_score is not in [0, 1]")
+    if images.decisions is not None and not np.isin(images.decisions, (0, 1)).all():
+        raise ValueError("a decision is neither 0 nor 1")
+    if images.defect_px is not None and (images.defect_px < 0).any():
+        raise ValueError("a defect_px is negative")
     if len(set(images.paths)) < len(images.paths):
         raise ValueError("an image occurs twice")
 
@@ -308,14 +344,43 @@ def _read_maps(path: Path, image_paths: Sequence[str]) -> StoredMaps | None:
             chosen = np.array([position[name] for name in image_paths])
             maps = content["maps"][chosen]
             masks, sizes = (content[name][chosen] if name in content else None for name in ("masks", "sizes"))
-            scale = tuple(map(float, content["pixel_scale"])) if "pixel_scale" in content else None
-    except (OSError, ValueError, KeyError, IndexError, AttributeError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path} is damaged or of other images ({error}): evaluate the class again") from error
-    if masks is not None and maps.shape != masks.shape:
-        raise DataError(f"{path} is damaged (maps {maps.shape}, masks {masks.shape}): evaluate the class again")
-    numbers = maps if masks is None else maps[masks != NO_IMAGE]
-    if maps.ndim != 3 or not np.isfinite(numbers).all():
-        raise DataError(f"{path} is damaged (maps {maps.shape} or no numbers): evaluate the class again")
-    if (scale is not None and len(scale) != 2) or (sizes is not None and sizes.shape != (len(maps), 2)):
-        raise DataError(f"{path} is damaged (sizes or pixel_scale): evaluate the class again")
-    return StoredMaps(maps, masks, sizes, scale)
+            scale = None
+            if "pixel_scale" in content:
+                ordinary, threshold = map(float, content["pixel_scale"])
+                scale = ordinary, threshold
+        stored = StoredMaps(maps, masks, sizes, scale)
+        _require_sound_maps(stored)
+    except UNREADABLE_ARCHIVE as error:
+        raise DataError(
+            f"{path} is damaged or of other images ({_one_line(error)}): evaluate the class again"
+        ) from error
+    return _without_padding(stored)
+
+
+def _require_sound_maps(stored: StoredMaps) -> None:
+    """Raise ValueError for arrays that do not belong together, and for maps that are no numbers."""
+    maps, masks, sizes = stored.maps, stored.masks, stored.sizes
+    if maps.ndim != 3 or maps.dtype.kind != "f":
+        raise ValueError(f"maps {maps.dtype} {maps.shape}")
+    if masks is not None and (masks.shape != maps.shape or masks.dtype != np.uint8):
+        raise ValueError(f"maps {maps.shape}, masks {masks.dtype} {masks.shape}")
+    if not np.isfinite(maps if masks is None else maps[masks != NO_IMAGE]).all():
+        raise ValueError("a value of a map is no finite number")
+    if sizes is not None and (sizes.shape != (len(maps), 2) or sizes.dtype.kind not in "iu" or sizes.min() < 1):
+        raise ValueError(f"sizes {sizes.dtype} {sizes.shape}")
+
+
+def _without_padding(stored: StoredMaps) -> StoredMaps:
+    """Crop maps and masks to the largest of their images.
+
+    Files are padded to the largest image of their own run; of the same images all runs then have the same shape.
+    """
+    if stored.sizes is None:
+        return stored
+    height, width = stored.sizes.max(axis=0)
+    masks = None if stored.masks is None else stored.masks[:, :height, :width]
+    return replace(stored, maps=stored.maps[:, :height, :width], masks=masks)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:120]

@@ -70,14 +70,14 @@ def _method_row(method: Method) -> Row:
         "seeds": method.seeds,
         "limit_train": method.limit_train,
         "preprocessing": dict(first.preprocessing),
-        "folders": [_text(str(run.folder)) for run in method.runs],
+        "folders": [str(run.folder) for run in method.runs],
     }
 
 
 def _class_row(measurement: ClassMeasurement) -> Row:
     num_defective = int(measurement.labels.sum())
     return {
-        "name": _text(measurement.row_name),
+        "name": measurement.row_name,
         "num_good": len(measurement.labels) - num_defective,
         "num_defective": num_defective,
     }
@@ -88,7 +88,7 @@ def _class_results(measurements: Sequence[ClassMeasurement]) -> Iterator[Row]:
     for measurement in measurements:
         for metric in METRICS:
             values = {m.label: [row[metric] for row in m.metrics] for m in measurement.methods}
-            resampled = {m.label: m.resampled[metric] for m in measurement.methods}
+            resampled = {m.label: _resampled(m, metric, list(_known_values(m, metric))) for m in measurement.methods}
             yield from _result_rows(measurement.row_name, metric, values, resampled)
 
 
@@ -110,13 +110,9 @@ def _mean_results(methods: Sequence[Method], measurements: Sequence[ClassMeasure
         values: dict[str, list[float | None]] = {}
         resampled: dict[str, np.ndarray | None] = {}
         for label in having:
-            entries = [by_place[label, name] for name in common]
-            values[label] = _means_of_seeds(entries, metric)
-            samples = [entry.resampled[metric] for entry in entries]
-            known = [sample for sample in samples if sample is not None]
-            resampled[label] = np.mean(known, axis=0) if len(known) == len(samples) else None
+            values[label], resampled[label] = _over_classes([by_place[label, name] for name in common], metric)
         for row in _result_rows(MEAN_ROW, metric, values, resampled):
-            row["classes"] = [_text(name) for name in common]
+            row["classes"] = list(common)
             yield row
 
 
@@ -124,13 +120,35 @@ def _has(entry: MethodOnClass | None, metric: str) -> bool:
     return entry is not None and any(row[metric] is not None for row in entry.metrics)
 
 
-def _means_of_seeds(entries: Sequence[MethodOnClass], metric: str) -> list[float | None]:
-    """Return the mean over classes of each seed that has them all; where none has, the mean of the classes' means."""
-    by_class = [dict(zip(e.seeds, (row[metric] for row in e.metrics), strict=True)) for e in entries]
-    whole = [seed for seed in by_class[0] if all(values.get(seed) is not None for values in by_class)]
+def _over_classes(entries: Sequence[MethodOnClass], metric: str) -> tuple[list[float | None], np.ndarray | None]:
+    """Return the mean over classes of each seed that has them all, and the mean of the same seeds on each resample.
+
+    Where no seed has them all, there is one value: the mean of the classes' means, each over its own seeds.
+    """
+    by_class = [_known_values(entry, metric) for entry in entries]
+    whole = [seed for seed in by_class[0] if all(seed in values for values in by_class)]
     if whole:
-        return [_mean([values[seed] for values in by_class]) for seed in whole]
-    return [_mean([_mean(list(values.values())) for values in by_class])]
+        column = [_mean([values[seed] for values in by_class]) for seed in whole]
+    else:
+        column = [_mean([_mean(list(values.values())) for values in by_class])]
+    samples = [_resampled(e, metric, whole or list(values)) for e, values in zip(entries, by_class, strict=True)]
+    return column, _mean_sample(samples)
+
+
+def _known_values(entry: MethodOnClass, metric: str) -> dict[int | None, float]:
+    values = ((seed, row[metric]) for seed, row in zip(entry.seeds, entry.metrics, strict=True))
+    return {seed: value for seed, value in values if value is not None}
+
+
+def _resampled(entry: MethodOnClass, metric: str, seeds: Sequence[int | None]) -> np.ndarray | None:
+    """Return the mean over some seeds on each resample [R]; None where one of them could not be resampled."""
+    by_seed = dict(zip(entry.seeds, entry.resampled[metric], strict=True))
+    return _mean_sample([by_seed[seed] for seed in seeds])
+
+
+def _mean_sample(samples: Sequence[np.ndarray | None]) -> np.ndarray | None:
+    known = [sample for sample in samples if sample is not None]
+    return np.mean(known, axis=0) if known and len(known) == len(samples) else None
 
 
 def _result_rows(
@@ -144,7 +162,7 @@ def _result_rows(
     for label, column in values.items():
         found = standing.get(label)
         yield {
-            "class": _text(row_name),
+            "class": row_name,
             "metric": metric,
             "method": label,
             "mean": means[label],
@@ -162,7 +180,7 @@ def _speed(measurements: Sequence[ClassMeasurement]) -> list[Row]:
     for measurement in measurements:
         for entry in measurement.methods:
             medians = {column: _median([t[column] for t in entry.timings]) for column in TIMING_COLUMNS}
-            rows.append({"class": _text(measurement.row_name), "method": entry.label, **medians})
+            rows.append({"class": measurement.row_name, "method": entry.label, **medians})
     labels = dict.fromkeys(row["method"] for row in rows)
     for label in labels:
         own = [row for row in rows if row["method"] == label and row["class"] is not None]
@@ -197,8 +215,8 @@ def _by_defect(measurement: ClassMeasurement) -> Iterator[Row]:
         for defect_type in types:
             found = [row for rows in entry.by_defect for row in rows if row["defect_type"] == defect_type]
             yield {
-                "class": _text(measurement.row_name),
-                "defect_type": _text(defect_type),
+                "class": measurement.row_name,
+                "defect_type": defect_type,
                 "num_images": found[0]["num_images"],
                 "method": entry.label,
                 **{metric: _mean([row[metric] for row in found]) for metric in DEFECT_METRICS},
@@ -210,7 +228,7 @@ def _by_size(measurement: ClassMeasurement) -> Iterator[Row]:
         for quartile in measurement.quartiles:
             found = [row for rows in entry.by_size for row in rows if row["quartile"] == quartile.number]
             yield {
-                "class": _text(measurement.row_name),
+                "class": measurement.row_name,
                 "quartile": quartile.number,
                 "min_px": quartile.min_px,
                 "max_px": quartile.max_px,
@@ -238,8 +256,3 @@ def _std(values: Sequence[float | None]) -> float | None:
 def _median(values: Sequence[float | None]) -> float | None:
     known = [v for v in values if v is not None]
     return float(np.median(known)) if known else None
-
-
-def _text(name: str) -> str:
-    """Return a name as text that JSON readers of any language take; bytes that are no UTF-8 are escaped."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

@@ -19,14 +19,14 @@ class Observation:
         row_name: The class.
         limit: Number of training images that was asked for; None asks for all.
         num_images: Number of images really trained on; for a mean over classes their mean.
-        seed: Seed of the run.
+        seed: Seed of the run; None where it is not known.
         metrics: Value of each of FEWSHOT_METRICS; None is a blank cell.
     """
 
     row_name: str
     limit: int | None
     num_images: float
-    seed: int
+    seed: int | None
     metrics: Mapping[str, float | None]
 
 
@@ -67,7 +67,7 @@ def fewshot_points(observations: Sequence[Observation], mean_row: str) -> list[F
     """
     ordered = sorted(observations, key=_limit_order)  # stable: the order of the classes stays
     names = list(dict.fromkeys(o.row_name for o in observations))
-    groups: dict[tuple[str, float], dict[int, Observation]] = {}
+    groups: dict[tuple[str, float], dict[int | None, Observation]] = {}
     for o in [*ordered, *_class_means(ordered, names, mean_row)]:
         groups.setdefault((o.row_name, o.num_images), {}).setdefault(o.seed, o)
     rank = {name: position for position, name in enumerate([*names, mean_row])}
@@ -83,7 +83,7 @@ def _class_means(observations: Sequence[Observation], names: Sequence[str], mean
     """Return the mean over classes of each run that has them all."""
     if len(names) < 2:
         return []
-    runs: dict[tuple[int | None, int], list[Observation]] = {}
+    runs: dict[tuple[int | None, int | None], list[Observation]] = {}
     for o in observations:
         runs.setdefault((o.limit, o.seed), []).append(o)
     means = []

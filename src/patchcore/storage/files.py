@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +42,26 @@ def write_json(path: Path, content: Any) -> None:
     write_bytes(path, (text + "\n").encode("utf-8"))
 
 
+def escaped(content: Any) -> Any:
+    """Return JSON values as readers of any language take them: what of a name is no UTF-8 as a backslash and digits."""
+    if isinstance(content, str):
+        return content.encode("utf-8", "backslashreplace").decode("utf-8")
+    if isinstance(content, Mapping):
+        return {escaped(name): escaped(value) for name, value in content.items()}
+    return [escaped(value) for value in content] if isinstance(content, (list, tuple)) else content
+
+
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Write a csv file; bytes of file names that are no UTF-8 are kept as they are."""
+    text = "".join(_csv_line(row) for row in (header, *rows))
+    write_bytes(path, text.encode("utf-8", "surrogateescape"))
+
+
+def _csv_line(row: Sequence[str]) -> str:
+    r"""Return a line that ends in \n, although the writer quotes what ends lines only if it is of its own line end."""
     buffer = io.StringIO(newline="")
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
-    write_bytes(path, buffer.getvalue().encode("utf-8", "surrogateescape"))
+    csv.writer(buffer, lineterminator="\r\n").writerow(row)
+    return buffer.getvalue().removesuffix("\r\n") + "\n"
 
 
 def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:

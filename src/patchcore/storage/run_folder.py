@@ -63,6 +63,9 @@ TIMING_COLUMNS = (
 IMAGE_COLUMNS = ("path", "defect_type", "label", "score", "normalized_score", "decision", "defect_px")
 ROW_NAMES = "Row Names"
 MEAN_ROW = "Mean"
+MAX_IMAGES = 2**31  # more than a data set has, and far from where the arithmetic of a curve overflows
+MAX_FIGURE = 1e15  # of seconds, images and MB, for the same reason
+ROUNDING = 1e-9  # an area that is 1 may have been summed up to a little more
 
 Cell = str | int | float | None
 
@@ -210,22 +213,42 @@ def load_class_result(folder: Path, row_name: str) -> ClassResult | None:
         return None
     try:
         result = config_from_dict(ClassResult, json.loads(path.read_text(encoding="utf-8")), path.name)
-        _require_columns(result)
+        _require_possible_values(result)
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: damaged ({error}): remove it to have the class done anew") from error
     return result
 
 
-def _require_columns(result: ClassResult) -> None:
-    """Raise ValueError unless a record has a number or None for every column of the tables."""
+def _require_possible_values(result: ClassResult) -> None:
+    """Raise ValueError unless a record has None or a value that can be for every column of the tables."""
     tables = [(METRIC_COLUMNS, result.metrics), (TIMING_COLUMNS, result.timings)]
     tables += [(DEFECT_COLUMNS, row) for row in result.by_defect]
+    impossible = []
     for columns, values in tables:
         for column in columns:
             if column not in values:
                 raise ValueError(f"column {column!r} is missing")
-            if column != "defect_type" and not isinstance(values[column], (int, float, type(None))):
-                raise ValueError(f"column {column!r} is {values[column]!r}, expected a number")
+            expected = _expected(column, values[column])
+            if expected:
+                impossible.append(f"{column} is {values[column]!r}, expected {expected}")
+    if impossible:
+        raise ValueError("; ".join(impossible))
+
+
+def _expected(column: str, value: Any) -> str:
+    """Say what a column holds if it is not this value, "" if it may be; written so that NaN may not."""
+    if column == "defect_type":
+        return "" if isinstance(value, str) else "a text"
+    if value is None:
+        return ""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return "a number"
+    if column in METRIC_COLUMNS:
+        return "" if -ROUNDING <= value <= 1 + ROUNDING else "a number in [0, 1]"
+    if column == "train_images":
+        whole = 1 <= value <= MAX_IMAGES and value == int(value)
+        return "" if whole else "a whole number from 1 up"
+    return "" if 0 <= value <= MAX_FIGURE else "a number from 0 up"
 
 
 def format_number(value: Cell) -> str:

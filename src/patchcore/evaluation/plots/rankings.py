@@ -15,6 +15,7 @@ NUM_COLUMNS = 4
 THRESHOLD = 0.5  # of normalised scores
 MAX_DOTS = 400  # per method and kind of image
 NUDGE = 1e-9  # far less than one good image's share
+LEGEND = ("good images", "defective images", "median", "threshold")
 STRIP = 0.16  # distance of the strips of good and defective images from a method's line
 
 
@@ -72,8 +73,10 @@ def distribution_picture(classes: Sequence[ScoredClass]) -> Image.Image:
     height = (0.65 + 0.42 * num_methods) * num_rows + 0.6
     figure, canvas = new_figure(max(7.0, 1.4 + 3.9 * num_columns), height)
     panels = figure.subplots(num_rows, num_columns, squeeze=False).ravel()
+    handles: dict[str, Any] = {}
     for panel, scored in zip(panels, classes, strict=False):
-        handles = _draw_strips(panel, scored)
+        handles |= _draw_strips(panel, scored)
+    explained = [name for name in LEGEND if name in handles]
     for position, panel in enumerate(panels):
         panel.set_visible(position < len(classes))
         if position + num_columns >= len(classes):
@@ -81,8 +84,8 @@ def distribution_picture(classes: Sequence[ScoredClass]) -> Image.Image:
         if position % num_columns:
             panel.tick_params(labelleft=panel.get_visible() and not _same_methods(classes, position, num_columns))
     figure.legend(
-        handles,
-        ["good images", "defective images", "median", "threshold"][: len(handles)],
+        [handles[name] for name in explained],
+        explained,
         loc="outside lower center",
         ncols=4,
         frameon=False,
@@ -142,7 +145,8 @@ def _draw_line(panel: Any, points: tuple[np.ndarray, np.ndarray], number: int) -
         linewidth=1.5,
         marker=LINE_MARKERS[number % len(LINE_MARKERS)],
         markersize=4.5,
-        markevery=(0.04 + 0.02 * number, 0.22),  # by length, and elsewhere on each line, so that none hides another
+        # By length, and elsewhere on each line, so that none hides another; a single point has no length.
+        markevery=(0.04 + 0.02 * number, 0.22) if len(points[0]) > 1 else None,
         zorder=3,
     )
     return line
@@ -186,11 +190,10 @@ def _counts(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndar
     return ends + 1, np.cumsum(labels[order])[ends]
 
 
-def _draw_strips(panel: Any, scored: ScoredClass) -> list[Any]:
-    """Draw two strips of dots per method, good above defective; returns what the legend explains."""
+def _draw_strips(panel: Any, scored: ScoredClass) -> dict[str, Any]:
+    """Draw two strips of dots per method, good above defective; returns by name what the legend explains."""
     rng = np.random.default_rng(0)  # of the jitter
-    handles: list[Any] = []
-    thresholds: list[Any] = []
+    handles: dict[str, Any] = {}
     for place, method in enumerate(scored.methods):
         colour = series_colour(method.number)
         values = method.normalized if method.normalized is not None else [_stretched(s) for s in method.scores]
@@ -202,11 +205,12 @@ def _draw_strips(panel: Any, scored: ScoredClass) -> list[Any]:
             (drawn_dots,) = panel.plot(
                 dots, height, marker, color=colour, markerfacecolor=face, markersize=3.4, markeredgewidth=0.7, alpha=0.6
             )
-            (median,) = panel.plot([middle] * 2, [place + offset - 0.15, place + offset + 0.15], "k-", linewidth=1.6)
-            handles.append(drawn_dots)
+            (handles["median"],) = panel.plot(
+                [middle] * 2, [place + offset - 0.15, place + offset + 0.15], "k-", linewidth=1.6
+            )
+            handles.setdefault(LEGEND[int(kind)], drawn_dots)
         if method.normalized is not None:
-            (threshold,) = panel.plot([THRESHOLD] * 2, [place - 0.5, place + 0.5], "k--", linewidth=1)
-            thresholds = [threshold]
+            (handles["threshold"],) = panel.plot([THRESHOLD] * 2, [place - 0.5, place + 0.5], "k--", linewidth=1)
         else:
             panel.text(1.0, place - 0.5, "no threshold: raw scores, stretched", ha="right", va="top", fontsize=7)
     panel.set_ylim(len(scored.methods) - 0.5, -0.5)
@@ -215,7 +219,7 @@ def _draw_strips(panel: Any, scored: ScoredClass) -> list[Any]:
     panel.set_title(plain(scored.name, 260), fontsize=10)
     panel.grid(axis="x", color="0.9")
     panel.spines[["top", "right"]].set_visible(False)
-    return [*handles[:2], median, *thresholds]
+    return handles
 
 
 def _same_methods(classes: Sequence[ScoredClass], position: int, num_columns: int) -> bool:
