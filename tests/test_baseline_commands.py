@@ -266,7 +266,7 @@ def test_a_model_of_another_method_is_refused(small_dataset: Path, tmp_path: Pat
 # ---------------------------------------------------------------- the script
 
 CLASSES = "-d metal_plate -d bracket_white -d bracket_brown -d bracket_black"
-FRAME = "--gpu 0 --seed 0 --save_model --save_segmentation_images --log_group {0} results {1} "
+FRAME = "--gpu 0 --seed 0 --save_model --save_segmentation_images --save_anomaly_scores --log_group {0} results {1} "
 READING = f"dataset --resize 256 --imagesize 224 {CLASSES} mpdd"
 KNN = "--num_features 500 -k 50 --clamp_k"
 

@@ -11,16 +11,19 @@ import pytest
 from patchcore import configs
 from patchcore.config_json import config_from_dict, config_to_dict
 from patchcore.configs import (
+    AutoencoderConfig,
     BackboneConfig,
     DatasetConfig,
     DemoConfig,
     EnsembleConfig,
     EpochConfig,
     FastFlowConfig,
+    FeatureAutoencoderConfig,
     OutputConfig,
     PatchCoreConfig,
     PostProcessingConfig,
     PreprocessingConfig,
+    ResNetKNNConfig,
     RunConfig,
     RuntimeConfig,
     SamplerConfig,
@@ -60,6 +63,12 @@ EXAMPLES: list[Any] = [
         BACKBONE, 4, 0.5, True, 1.9, 0.1, TrainingConfig(2), "weighted", "topk", "bfloat16", calibration_folds=5
     ),
     FastFlowConfig(BACKBONE, post_processing=PostProcessingConfig(smoothing="guided"), tiles=TileConfig(160, 80)),
+    ResNetKNNConfig(BackboneConfig("vgg11", ("features.10",))),
+    ResNetKNNConfig(BackboneConfig("vgg11", ("features.10",)), 20, 3, True),
+    AutoencoderConfig(),
+    AutoencoderConfig(8, TrainingConfig(2), 2.0, "topk", 5),
+    FeatureAutoencoderConfig(BACKBONE),
+    FeatureAutoencoderConfig(BACKBONE, 3, 16, 0.8, True, 0.2, 0.1, TrainingConfig(2), 2.0, "mean", 4),
     PostProcessingConfig(),
     PostProcessingConfig("gaussian", 2.5, True, (0.75, 1.25)),
     TileConfig(64, 32),
