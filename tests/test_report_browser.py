@@ -220,6 +220,7 @@ def test_paper_has_every_image_of_the_filter(tmp_path: Path, browser: Browser) -
     browser.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
     frame = browser.find(".view:nth-child(2) .frame").size
     assert frame["height"] == pytest.approx(frame["width"], abs=2)
+    browser.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
     assert browser.printed().startswith(b"%PDF")
     assert browser.run("return window.printed") == 52
     assert len(shown_paths(browser)) == 24
