@@ -192,7 +192,14 @@ def serve_demo(model: Path, port: int, device: torch.device, announce: Callable[
         inspector = Inspector(load_detector(model, device))
         app = _application(gradio, inspector)
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
-        announce(f"serving {model} at http://{HOST}:{listener.getsockname()[1]} - Ctrl-C ends it")
+        start = server.startup
+
+        async def start_and_announce(sockets: list[socket.socket] | None = None) -> None:
+            await start(sockets=sockets)
+            # Not before: a Ctrl-C that meets a loop half made leaves a traceback.
+            announce(f"serving {model} at http://{HOST}:{listener.getsockname()[1]} - Ctrl-C ends it")
+
+        server.startup = start_and_announce
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the uploads are removed then, too
         server.run(sockets=[listener])
 
