@@ -18,7 +18,7 @@ from patchcore.configs import (
     BackboneConfig,
     FastFlowConfig,
     PreprocessingConfig,
-    SearchConfig,
+    RuntimeConfig,
     TileConfig,
     TrainingSource,
 )
@@ -40,7 +40,7 @@ def measure(low_memory: bool, side: int, patch_size: int, patch_stride: int, thr
         tiles=TileConfig(patch_size, patch_stride, low_memory=low_memory),
     )
     preprocessing = PreprocessingConfig(INPUT_PX, INPUT_PX, max_side_px=side)
-    detector = FastFlow.prepare(config, preprocessing, SearchConfig())(TrainingSource(), torch.device("cpu"))
+    detector = FastFlow.prepare(config, preprocessing, RuntimeConfig())(TrainingSource(), torch.device("cpu"))
     detector.restore(detector._new_flows("flows").state_dict())  # new flows: the arithmetic is that of trained ones
     generator = torch.Generator().manual_seed(0)
     image = torch.randint(0, 256, (1, 3, side, side), dtype=torch.uint8, generator=generator)

@@ -30,8 +30,8 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """Collects the arguments that the command hands to the pipeline, which does not run."""
     calls: list[tuple[Any, ...]] = []
 
-    def record(method: str, config_of: Any, run: Any, dataset: Any, search: Any, announce: Any) -> bool:
-        calls.append((method, config_of("plate"), run, dataset, search))
+    def record(method: str, config_of: Any, run: Any, dataset: Any, announce: Any) -> bool:
+        calls.append((method, config_of("plate"), run, dataset))
         return True
 
     monkeypatch.setattr("patchcore.pipeline.train_and_evaluate", record)
@@ -60,7 +60,7 @@ def test_the_options_are_those_of_the_original_and_the_additions(step: str) -> N
 
 def test_left_out_options_give_the_published_configuration(captured: list[tuple[Any, ...]]) -> None:
     assert invoke(run_patchcore, "out", *METHOD, *SAMPLER, *DATASET).code == 0
-    method, config, run, dataset, search = captured[0]
+    method, config, run, dataset = captured[0]
     assert method == "patchcore"
     assert (config.backbone.name, config.backbone.layers, config.backbone.weights) == (
         "resnet18",
@@ -74,7 +74,7 @@ def test_left_out_options_give_the_published_configuration(captured: list[tuple[
     assert (run.calibration, run.skip_existing, run.runtime.device, run.runtime.gpus) == ("kfold", False, "auto", (0,))
     assert (dataset.name, dataset.path, dataset.categories, dataset.batch_size) == ("mpdd", "data", (), 2)
     assert (dataset.preprocessing.resize_px, dataset.preprocessing.imagesize_px) == (256, 224)
-    assert (search.faiss_on_gpu, search.faiss_num_workers) == (False, None)
+    assert (run.runtime.faiss_on_gpu, run.runtime.faiss_num_workers) == (False, None)
 
 
 def test_every_typed_value_arrives(captured: list[tuple[Any, ...]]) -> None:
@@ -94,7 +94,7 @@ def test_every_typed_value_arrives(captured: list[tuple[Any, ...]]) -> None:
         "--limit_train", 10, "--limit_test", 11, "folder", "path",
     )  # fmt: skip
     assert finished.code == 0, finished.err
-    _, config, run, dataset, search = captured[0]
+    _, config, run, dataset = captured[0]
     assert run.runtime.gpus == (1, 2) and run.runtime.device == "cpu" and run.runtime.threads == 2
     assert run.seeds == (3, 4) and (run.log_project, run.log_group) == ("p", "g") and run.calibration == "none"
     assert run.outputs.segmentation_images and run.outputs.models and run.outputs.anomaly_maps and run.skip_existing
@@ -108,7 +108,7 @@ def test_every_typed_value_arrives(captured: list[tuple[Any, ...]]) -> None:
     assert (dataset.preprocessing.resize_px, dataset.preprocessing.imagesize_px) == (300, 200)
     assert dataset.preprocessing.resize_mode == "letterbox"
     assert (dataset.limit_train, dataset.limit_test) == (10, 11)
-    assert search.faiss_on_gpu and search.faiss_num_workers == 3
+    assert run.runtime.faiss_on_gpu and run.runtime.faiss_num_workers == 3
 
 
 def test_place_of_options_and_order_of_steps_change_nothing(captured: list[tuple[Any, ...]]) -> None:

@@ -27,7 +27,6 @@ from patchcore.configs import (
     RunConfig,
     RuntimeConfig,
     SamplerConfig,
-    SearchConfig,
     TileConfig,
     TrackingConfig,
     TrainingConfig,
@@ -73,9 +72,8 @@ EXAMPLES: list[Any] = [
     PostProcessingConfig("gaussian", 2.5, True, (0.75, 1.25)),
     TileConfig(64, 32),
     TileConfig(64, 64, 9, True),
-    SearchConfig(),
-    SearchConfig(True, 2),
     RuntimeConfig(),
+    RuntimeConfig(faiss_on_gpu=True, faiss_num_workers=2),
     RuntimeConfig("cuda:1", (1, 0), 4),
     TrainingSource(),
     TrainingSource("mpdd", "tubes", 3),
@@ -163,12 +161,12 @@ def test_missing_name_is_named() -> None:
 @pytest.mark.parametrize(
     ("cls", "name", "value", "found", "expected"),
     [
-        (SearchConfig, "faiss_num_workers", True, "True", "int"),
-        (SearchConfig, "faiss_num_workers", 2.0, "2.0", "int"),
-        (SearchConfig, "faiss_num_workers", "2", "'2'", "int"),
-        (SearchConfig, "faiss_on_gpu", 1, "1", "bool"),
-        (SearchConfig, "faiss_on_gpu", None, "None", "bool"),
-        (SearchConfig, "faiss_on_gpu", "false", "'false'", "bool"),
+        (RuntimeConfig, "faiss_num_workers", True, "True", "int"),
+        (RuntimeConfig, "faiss_num_workers", 2.0, "2.0", "int"),
+        (RuntimeConfig, "faiss_num_workers", "2", "'2'", "int"),
+        (RuntimeConfig, "faiss_on_gpu", 1, "1", "bool"),
+        (RuntimeConfig, "faiss_on_gpu", None, "None", "bool"),
+        (RuntimeConfig, "faiss_on_gpu", "false", "'false'", "bool"),
         (SamplerConfig, "percentage", True, "True", "float"),
         (SamplerConfig, "percentage", "0.1", "'0.1'", "float"),
         (SamplerConfig, "name", None, "None", "str"),
@@ -198,7 +196,7 @@ def test_wrong_element_of_a_list_is_named_by_its_place() -> None:
 
 @pytest.mark.parametrize("mapping", [None, [], "text", 3])
 def test_configuration_that_is_no_object(mapping: object) -> None:
-    assert refused(SearchConfig, mapping) == f"config.json: found {type(mapping).__name__}, expected an object"
+    assert refused(RuntimeConfig, mapping) == f"config.json: found {type(mapping).__name__}, expected an object"
 
 
 def test_whole_numbers_are_accepted_as_float_and_null_where_optional() -> None:
@@ -244,7 +242,7 @@ def test_values_from_json_are_validated_as_well() -> None:
         (lambda: PatchCoreConfig(BACKBONE, patchsize=4), "--patchsize is 4, expected an odd number"),
         (lambda: PatchCoreConfig(BACKBONE, num_nn=0), "--anomaly_scorer_num_nn is 0, expected 1 or more"),
         (lambda: PatchCoreConfig(BACKBONE, embedding="concat", target_embed_dimension=512), "1024 and 512 were asked"),
-        (lambda: SearchConfig(faiss_num_workers=0), "--faiss_num_workers is 0"),
+        (lambda: RuntimeConfig(faiss_num_workers=0), "--faiss_num_workers is 0"),
         (lambda: RuntimeConfig(threads=0), "--threads is 0"),
         (lambda: RunConfig("r", calibration="kfolds"), "unknown calibration 'kfolds': did you mean kfold?"),
         (lambda: RunConfig("r", seeds=()), "no seed: name at least one --seed"),

@@ -12,7 +12,7 @@ import torch
 from conftest import REPOSITORY, write_category
 from test_detectors import check_contract
 
-from patchcore.configs import BackboneConfig, DatasetConfig, PreprocessingConfig, RunConfig, RuntimeConfig, SearchConfig
+from patchcore.configs import BackboneConfig, DatasetConfig, PreprocessingConfig, RunConfig, RuntimeConfig
 from patchcore.datasets.registry import DATASETS, dataset_class
 from patchcore.detector import DETECTORS
 from patchcore.features import backbones
@@ -63,7 +63,7 @@ def test_add_a_method(tmp_path: Path) -> None:
     dataset = DatasetConfig("mpdd", str(tmp_path / "data"), num_workers=0, preprocessing=PreprocessingConfig(64, 64))
     run = RunConfig(str(tmp_path / "results"), runtime=RuntimeConfig(device="cpu"))
     lines: list[str] = []
-    assert train_and_evaluate("mean_colour", lambda _: config, run, dataset, SearchConfig(), lines.append)
+    assert train_and_evaluate("mean_colour", lambda _: config, run, dataset, lines.append)
     results = (tmp_path / "results" / "project" / "group" / "results.csv").read_text(encoding="utf-8").splitlines()
     header, row = results[0].split(","), results[1].split(",")
     cells = dict(zip(header, row, strict=True))

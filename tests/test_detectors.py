@@ -21,8 +21,8 @@ from patchcore.configs import (
     PatchCoreConfig,
     PreprocessingConfig,
     ResNetKNNConfig,
+    RuntimeConfig,
     SamplerConfig,
-    SearchConfig,
     TrainingConfig,
     TrainingSource,
 )
@@ -78,7 +78,7 @@ def anomalous_images(count: int, seed: int) -> torch.Tensor:
 
 def check_contract(method: str, config: Any, folder: Path) -> None:
     """Fit, calibrate, predict, save and load one method, and check what every method promises."""
-    build = DETECTORS[method].prepare(config, PREPROCESSING, SearchConfig())
+    build = DETECTORS[method].prepare(config, PREPROCESSING, RuntimeConfig())
     source = TrainingSource("folder", "part", seed=3)
     detector = build(source, CPU)
     assert isinstance(detector, AnomalyDetector)

@@ -17,8 +17,8 @@ from patchcore.configs import (
     EnsembleConfig,
     PatchCoreConfig,
     PreprocessingConfig,
+    RuntimeConfig,
     SamplerConfig,
-    SearchConfig,
     TrainingSource,
 )
 from patchcore.detector import NotFittedError
@@ -66,13 +66,13 @@ TRAIN, TEST = random_images(7, 0), random_images(5, 1)
 
 def build(*members: PatchCoreConfig, normalization: str = "calibrated") -> Ensemble:
     config = EnsembleConfig(members, normalization)
-    detector = Ensemble.prepare(config, PREPROCESSING, SearchConfig())(SOURCE, CPU)
+    detector = Ensemble.prepare(config, PREPROCESSING, RuntimeConfig())(SOURCE, CPU)
     assert isinstance(detector, Ensemble)
     return detector
 
 
 def single(member: PatchCoreConfig, source: TrainingSource = SOURCE) -> PatchCore:
-    detector = PatchCore.prepare(member, PREPROCESSING, SearchConfig())(source, CPU)
+    detector = PatchCore.prepare(member, PREPROCESSING, RuntimeConfig())(source, CPU)
     assert isinstance(detector, PatchCore)
     return detector
 
@@ -256,7 +256,7 @@ def test_equal_members_differ_in_their_coresets_and_follow_the_run() -> None:
     assert not torch.equal(first, second)
     again = build(RESNET, RESNET).fit(Batches(TRAIN))
     assert torch.equal(again.members[1].memory_bank_, second)
-    other_run = Ensemble.prepare(EnsembleConfig((RESNET, RESNET)), PREPROCESSING, SearchConfig())(
+    other_run = Ensemble.prepare(EnsembleConfig((RESNET, RESNET)), PREPROCESSING, RuntimeConfig())(
         replace(SOURCE, seed=5), CPU
     )
     assert isinstance(other_run, Ensemble)

@@ -19,7 +19,7 @@ from patchcore.configs import (
     FastFlowConfig,
     PostProcessingConfig,
     PreprocessingConfig,
-    SearchConfig,
+    RuntimeConfig,
     TileConfig,
     TrainingConfig,
     TrainingSource,
@@ -397,7 +397,7 @@ class TestTiles:
         self, tiles: TileConfig | None, preprocessing: PreprocessingConfig, message: str
     ) -> None:
         with pytest.raises(ConfigurationError, match=message):
-            FastFlow.prepare(replace(CONFIG, tiles=tiles), preprocessing, SearchConfig())
+            FastFlow.prepare(replace(CONFIG, tiles=tiles), preprocessing, RuntimeConfig())
 
 
 def test_scales_average_the_maps_of_resized_images(extractor: FeatureExtractor, model: FastFlow) -> None:
@@ -415,17 +415,17 @@ def test_scales_average_the_maps_of_resized_images(extractor: FeatureExtractor, 
 def test_scales_that_change_nothing_or_do_not_run_are_refused() -> None:
     with pytest.raises(ConfigurationError, match=r"--multi_scale 1 and 1\.1 are both 64 px for an input of 64 px"):
         config = replace(CONFIG, post_processing=PostProcessingConfig(scales=(1.0, 1.1)))
-        FastFlow.prepare(config, PREPROCESSING, SearchConfig())
+        FastFlow.prepare(config, PREPROCESSING, RuntimeConfig())
     vit = BackboneConfig("timm:vit_tiny_patch16_224", ("blocks.1",), weights="random")
     with pytest.raises(ConfigurationError, match=r"takes images of 64 px alone, --multi_scale 1\.5 gives 96 px"):
         config = replace(CONFIG, backbone=vit, post_processing=PostProcessingConfig(scales=(1.5,)))
-        FastFlow.prepare(config, PREPROCESSING, SearchConfig())
+        FastFlow.prepare(config, PREPROCESSING, RuntimeConfig())
 
 
 def test_a_scale_that_rounds_to_the_size_of_the_input_is_refused() -> None:
     config = replace(CONFIG, post_processing=PostProcessingConfig(scales=(1.1,)))
     with pytest.raises(ConfigurationError, match=r"--multi_scale 1\.1 is 64 px for an input of 64 px, no other size"):
-        FastFlow.prepare(config, PREPROCESSING, SearchConfig())
+        FastFlow.prepare(config, PREPROCESSING, RuntimeConfig())
 
 
 # ---------------------------------------------------------------- one extractor
@@ -438,13 +438,13 @@ def test_presets_of_one_backbone_share_its_extractor(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(layers, "_EXTRACTORS", known)
     monkeypatch.setattr(layers, "build_extractor", lambda *given: built.append(given) or build_extractor(*given))
     configs = {f"class{number}": replace(CONFIG, clamp=1 + number / 4) for number in range(4)}
-    builders = pipeline._prepare("fastflow", configs, PREPROCESSING, SearchConfig())
+    builders = pipeline._prepare("fastflow", configs, PREPROCESSING, RuntimeConfig())
     detectors = [build_one(TrainingSource(), torch.device("cpu")) for build_one in builders.values()]
     assert [d.config.clamp for d in detectors if isinstance(d, FastFlow)] == [1.0, 1.25, 1.5, 1.75]
     assert built == [(BACKBONE, SIDE)]
     assert len({id(d.extractor) for d in detectors if isinstance(d, FastFlow)}) == 1
-    FastFlow.prepare(CONFIG, PreprocessingConfig(96, 96), SearchConfig())
-    FastFlow.prepare(replace(CONFIG, backbone=replace(BACKBONE, seed=1)), PREPROCESSING, SearchConfig())
+    FastFlow.prepare(CONFIG, PreprocessingConfig(96, 96), RuntimeConfig())
+    FastFlow.prepare(replace(CONFIG, backbone=replace(BACKBONE, seed=1)), PREPROCESSING, RuntimeConfig())
     assert len(built) == 3, "another size or other weights are another extractor"
     del builders, detectors
     gc.collect()

@@ -22,7 +22,7 @@ from patchcore.configs import (
     BackboneConfig,
     FastFlowConfig,
     PreprocessingConfig,
-    SearchConfig,
+    RuntimeConfig,
     TrainingConfig,
     TrainingSource,
 )
@@ -187,7 +187,7 @@ def test_transformers_train_at_the_size_they_are_made_for(name: str, size: int, 
         training=TrainingConfig(epochs=1, batch_size=2),
     )
     preprocessing, source = PreprocessingConfig(size, size), TrainingSource("mpdd", "plate")
-    detector = FastFlow.prepare(config, preprocessing, SearchConfig())(source, torch.device("cpu"))
+    detector = FastFlow.prepare(config, preprocessing, RuntimeConfig())(source, torch.device("cpu"))
     loader = RandomImages(size)
     detector.fit(loader)
     assert isinstance(detector, FastFlow) and detector.shapes == [(768, grid, grid)]

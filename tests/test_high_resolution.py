@@ -25,7 +25,6 @@ from patchcore.configs import (
     PreprocessingConfig,
     RunConfig,
     RuntimeConfig,
-    SearchConfig,
     TileConfig,
     TrainingConfig,
     TrainingSource,
@@ -100,7 +99,7 @@ class Redness(AnomalyDetector):
         self.mean_ = tensors["mean"]
 
     @classmethod
-    def prepare(cls, config: Any, preprocessing: PreprocessingConfig, search: SearchConfig) -> DetectorBuilder:
+    def prepare(cls, config: Any, preprocessing: PreprocessingConfig, runtime: RuntimeConfig) -> DetectorBuilder:
         return lambda source, device: cls(preprocessing, source)
 
 
@@ -153,7 +152,7 @@ def run(
     calibration = options.pop("calibration", "split")
     dataset = DatasetConfig("folder", str(data), (category,), 0.5, 4, 0, preprocessing)
     config = RunConfig(str(out), calibration=calibration, outputs=ALL_OUTPUTS, runtime=RuntimeConfig("cpu"))
-    assert train_and_evaluate("redness", lambda _: RednessConfig(), config, dataset, SearchConfig(), lambda _: None)
+    assert train_and_evaluate("redness", lambda _: RednessConfig(), config, dataset, lambda _: None)
     return out / "project" / "group"
 
 
@@ -298,7 +297,7 @@ def test_a_stored_model_gives_the_same_table(data: Path, finished: Path, tmp_pat
     dataset = DatasetConfig("folder", str(data), ("part",), num_workers=2)
     complete = load_and_evaluate(
         ["redness"], [str(model)], dataset, str(tmp_path / "again"), OutputConfig(),
-        RuntimeConfig("cpu"), SearchConfig(), lambda _: None,
+        RuntimeConfig("cpu"), lambda _: None,
     )  # fmt: skip
     assert complete
     assert (tmp_path / "again" / "results.csv").read_bytes() == (finished / "results.csv").read_bytes()
@@ -387,7 +386,7 @@ def test_tiles_of_fastflow(data: Path, tmp_path: Path) -> None:
     preprocessing = PreprocessingConfig(32, 32, max_side_px=MAX_SIDE)
     dataset = DatasetConfig("folder", str(data), ("part",), 0.5, 4, 0, preprocessing)
     run_config = RunConfig(str(tmp_path), calibration="kfold", outputs=ALL_OUTPUTS, runtime=RuntimeConfig("cpu"))
-    assert train_and_evaluate("fastflow", lambda _: config, run_config, dataset, SearchConfig(), lambda _: None)
+    assert train_and_evaluate("fastflow", lambda _: config, run_config, dataset, lambda _: None)
     folder = tmp_path / "project" / "group"
     stored = stored_maps(folder)
     detector = load_detector(folder / "models" / "folder_part", torch.device("cpu"))

@@ -24,8 +24,8 @@ from patchcore.configs import (
     BackboneConfig,
     PatchCoreConfig,
     PreprocessingConfig,
+    RuntimeConfig,
     SamplerConfig,
-    SearchConfig,
     TrainingSource,
 )
 from patchcore.datasets.inspection import DatasetSplit, InspectionDataset
@@ -59,8 +59,8 @@ def images(data: Path) -> torch.Tensor:
 def trained(data: Path) -> PatchCore:
     backbone = BackboneConfig("resnet18", ("layer1", "layer2"), weights="random")
     config = PatchCoreConfig(backbone, SamplerConfig("random", 0.3), num_nn=2)
-    search = SearchConfig(faiss_num_workers=1)  # with faiss where it is installed
-    model = PatchCore.prepare(config, PREPROCESSING, search)(TrainingSource("mpdd", "plate", 4), CPU)
+    runtime = RuntimeConfig(faiss_num_workers=1)  # with faiss where it is installed
+    model = PatchCore.prepare(config, PREPROCESSING, runtime)(TrainingSource("mpdd", "plate", 4), CPU)
     model.fit(ImageLoader(InspectionDataset(data, "plate", preprocessing=PREPROCESSING), 2))
     model.calibration_ = model.out_of_fold_calibration()
     return model
@@ -87,7 +87,7 @@ def assert_same(detector: AnomalyDetector, trained: PatchCore, images: torch.Ten
 
 
 def test_everything_comes_back(original: Path, trained: PatchCore, images: torch.Tensor) -> None:
-    loaded = load_detector(original, CPU, SearchConfig(faiss_num_workers=1))
+    loaded = load_detector(original, CPU, RuntimeConfig(faiss_num_workers=1))
     assert isinstance(loaded, PatchCore)
     assert (loaded.config, loaded.source, loaded.preprocessing) == (
         trained.config,
@@ -126,8 +126,8 @@ def test_a_model_trained_with_faiss_is_scored_without(
     pytest.importorskip("faiss")
     assert trained._scorer is not None and isinstance(trained._scorer.nearest_neighbours, FaissNN)
     monkeypatch.setitem(sys.modules, "faiss", None)  # importing it fails from here on
-    for search in (None, SearchConfig(faiss_num_workers=1)):
-        loaded = load_detector(original, CPU, search)
+    for runtime in (None, RuntimeConfig(faiss_num_workers=1)):
+        loaded = load_detector(original, CPU, runtime)
         assert isinstance(loaded, PatchCore) and loaded._scorer is not None
         assert isinstance(loaded._scorer.nearest_neighbours, TorchNN)
         assert_same(loaded, trained, images, tolerance=1e-4)

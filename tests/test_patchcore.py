@@ -15,8 +15,8 @@ from patchcore.configs import (
     BackboneConfig,
     PatchCoreConfig,
     PreprocessingConfig,
+    RuntimeConfig,
     SamplerConfig,
-    SearchConfig,
     TrainingSource,
 )
 from patchcore.detector import NotFittedError
@@ -329,7 +329,7 @@ def test_images_of_another_shape(shape: tuple[int, ...], extractor: FeatureExtra
 
 def test_preparing_refuses_what_is_unknown() -> None:
     def prepare(backbone: BackboneConfig = BACKBONE, sampler: str = "identity") -> None:
-        PatchCore.prepare(PatchCoreConfig(backbone, SamplerConfig(sampler)), PREPROCESSING, SearchConfig())
+        PatchCore.prepare(PatchCoreConfig(backbone, SamplerConfig(sampler)), PREPROCESSING, RuntimeConfig())
 
     with pytest.raises(ConfigurationError, match="random"):
         prepare(sampler="randum")
@@ -342,7 +342,7 @@ def test_preparing_refuses_what_is_unknown() -> None:
 
 
 def test_classes_share_the_backbone() -> None:
-    builder = PatchCore.prepare(PatchCoreConfig(BACKBONE), PREPROCESSING, SearchConfig())
+    builder = PatchCore.prepare(PatchCoreConfig(BACKBONE), PREPROCESSING, RuntimeConfig())
     first, second = (builder(TrainingSource("mpdd", category, 0), CPU) for category in ("a", "b"))
     assert first.embedder is second.embedder
     assert first.device == CPU

@@ -23,7 +23,7 @@ from test_detectors import CPU, EXAMPLES, PREPROCESSING, Batches, anomalous_imag
 
 from patchcore import web
 from patchcore.cli import run_patchcore, serve_demo
-from patchcore.configs import PreprocessingConfig, SearchConfig, TrainingSource
+from patchcore.configs import PreprocessingConfig, RuntimeConfig, TrainingSource
 from patchcore.datasets.images import read_image
 from patchcore.detector import DETECTORS, AnomalyDetector, Prediction
 from patchcore.errors import ConfigurationError
@@ -38,7 +38,7 @@ HOSTILE = "<img src=x onerror=alert(1)>'\".png"
 
 def fitted(method: str) -> AnomalyDetector:
     """Return a small detector of any method, with calibration where it has one."""
-    build = DETECTORS[method].prepare(EXAMPLES[method], PREPROCESSING, SearchConfig())
+    build = DETECTORS[method].prepare(EXAMPLES[method], PREPROCESSING, RuntimeConfig())
     detector = build(TrainingSource("folder", "part", seed=3), CPU)
     detector.fit(Batches(random_images(6, 1)))
     detector.calibration_ = detector.out_of_fold_calibration()
@@ -214,7 +214,7 @@ def test_heading_and_legend_say_what_holds(patchcore: AnomalyDetector, monkeypat
 
 def test_scores_of_a_whole_test_set_are_refused() -> None:
     config = replace(EXAMPLES["ensemble"], score_normalization="minmax")
-    build = DETECTORS["ensemble"].prepare(config, PREPROCESSING, SearchConfig())
+    build = DETECTORS["ensemble"].prepare(config, PREPROCESSING, RuntimeConfig())
     with pytest.raises(ConfigurationError, match="minmax"):
         Inspector(build(TrainingSource("folder", "part"), CPU).fit(Batches(random_images(4, 1))))
 

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import numpy as np
 import torch
 
-from patchcore.configs import PreprocessingConfig, SearchConfig, TrainingSource
+from patchcore.configs import PreprocessingConfig, RuntimeConfig, TrainingSource
 from patchcore.errors import ConfigurationError
 from patchcore.scoring.calibration import Calibration
 from patchcore.storage.model_folder import FORMAT_VERSION, ModelHeader, write_model_folder
@@ -141,7 +141,7 @@ class AnomalyDetector(ABC):
 
     @classmethod
     @abstractmethod
-    def prepare(cls, config: Any, preprocessing: PreprocessingConfig, search: SearchConfig) -> DetectorBuilder:
+    def prepare(cls, config: Any, preprocessing: PreprocessingConfig, runtime: RuntimeConfig) -> DetectorBuilder:
         """Load what all classes share, and return what makes an unfitted detector for one of them on a device.
 
         Raises:

@@ -28,7 +28,6 @@ from patchcore.configs import (
     PreprocessingConfig,
     RunConfig,
     RuntimeConfig,
-    SearchConfig,
 )
 from patchcore.datasets.inspection import DatasetSplit, resolve_categories
 from patchcore.datasets.registry import dataset_class
@@ -50,7 +49,7 @@ ConfigOf = Callable[[str], Any]
 
 
 def train_and_evaluate(
-    method: str, config_of: ConfigOf, run: RunConfig, dataset: DatasetConfig, search: SearchConfig, announce: Announce
+    method: str, config_of: ConfigOf, run: RunConfig, dataset: DatasetConfig, announce: Announce
 ) -> bool:
     """Train and evaluate one method on every class, for every seed.
 
@@ -59,7 +58,6 @@ def train_and_evaluate(
         config_of: Configuration of the method for a class.
         run: Where to write, seeds and outputs.
         dataset: What to read.
-        search: How neighbours are searched.
         announce: Receives the lines meant for the user: the run folder first and last, the result table.
 
     Returns:
@@ -75,9 +73,8 @@ def train_and_evaluate(
     parent = Path(run.results_path) / run.log_project
     run_folder.require_writable(parent)
     set_threads(run.runtime.threads)
-    search = _limited(search, run.runtime)
     configs = {category: config_of(category) for category in categories}
-    builders = _prepare(method, configs, dataset.preprocessing, search)
+    builders = _prepare(method, configs, dataset.preprocessing, _limited(run.runtime))
     identities = {seed: _identity(method, configs, run, dataset, seed) for seed in run.seeds}
     for seed, identity in identities.items():
         _require_resumable(parent / _group(run, seed), identity, run)
@@ -137,12 +134,12 @@ def _possible_outputs(method: str, outputs: OutputConfig) -> OutputConfig:
     return replace(outputs, segmentation_images=False, anomaly_maps=False)
 
 
-def _limited(search: SearchConfig, runtime: RuntimeConfig) -> SearchConfig:
+def _limited(runtime: RuntimeConfig) -> RuntimeConfig:
     """Give the search no more threads than --threads: faiss sets a number that torch shares, and would undo it."""
-    workers = search.faiss_num_workers
+    workers = runtime.faiss_num_workers
     if workers is None or runtime.threads is None:
-        return search
-    return replace(search, faiss_num_workers=min(workers, runtime.threads))
+        return runtime
+    return replace(runtime, faiss_num_workers=min(workers, runtime.threads))
 
 
 def _group(run: RunConfig, seed: int) -> str:
@@ -150,7 +147,7 @@ def _group(run: RunConfig, seed: int) -> str:
 
 
 def _prepare(
-    method: str, configs: Mapping[str, Any], preprocessing: PreprocessingConfig, search: SearchConfig
+    method: str, configs: Mapping[str, Any], preprocessing: PreprocessingConfig, runtime: RuntimeConfig
 ) -> dict[str, DetectorBuilder]:
     """Return what makes the detector of each class; classes with equal configurations share it."""
     distinct: list[tuple[Any, DetectorBuilder]] = []
@@ -158,7 +155,7 @@ def _prepare(
     for category, config in configs.items():
         builder = next((known for other, known in distinct if other == config), None)
         if builder is None:
-            builder = DETECTORS[method].prepare(config, preprocessing, search)
+            builder = DETECTORS[method].prepare(config, preprocessing, runtime)
             distinct.append((config, builder))
         builders[category] = builder
     return builders
@@ -317,7 +314,6 @@ def load_and_evaluate(
     save_folder: str,
     outputs: OutputConfig,
     runtime: RuntimeConfig,
-    search: SearchConfig,
     announce: Announce,
     typed: TypedModel | None = None,
 ) -> bool:
@@ -329,8 +325,7 @@ def load_and_evaluate(
         dataset: What to read; its preprocessing is taken from the models.
         save_folder: Where the tables go; a number is appended if it exists.
         outputs: Optional files.
-        runtime: Device and threads.
-        search: How neighbours are searched.
+        runtime: How the machine computes.
         announce: Receives the lines meant for the user.
         typed: Options that the models must agree with, and what describes a bare state dict.
 
@@ -349,8 +344,7 @@ def load_and_evaluate(
         raise ConfigurationError(f"SAVE_FOLDER is {save_folder!r}, expected the path of a folder to create")
     run_folder.require_writable(target.parent)
     set_threads(runtime.threads)
-    search = _limited(search, runtime)
-    models = open_models(matched, search)
+    models = open_models(matched, _limited(runtime))
     device = resolve_device(runtime.device, runtime.gpus)
     folder = run_folder.claim_folder(target.parent, target.name)
     task = ClassTask(folder, dataset, outputs, device)

@@ -12,7 +12,7 @@ from PIL import Image
 
 import patchcore.methods  # noqa: F401  # enters every detector into the registry
 from patchcore.config_json import config_from_dict
-from patchcore.configs import SearchConfig, require_choice
+from patchcore.configs import RuntimeConfig, require_choice
 from patchcore.datasets.images import Placement, crop_image, map_on_image, place_of_file
 from patchcore.detector import DETECTORS, AnomalyDetector, DetectorBuilder
 from patchcore.errors import ConfigurationError, DataError
@@ -93,31 +93,31 @@ def stored_config(header: ModelHeader, where: str) -> Any:
         raise ConfigurationError(f"model {where!r}: {error}") from error
 
 
-def prepare_stored(header: ModelHeader, where: str, search: SearchConfig) -> DetectorBuilder:
+def prepare_stored(header: ModelHeader, where: str, runtime: RuntimeConfig) -> DetectorBuilder:
     """Load what a stored model needs beside its tensors, such as the backbone.
 
     Args:
         header: What model.json says.
         where: Name of the model, for messages.
-        search: How neighbours are searched, for memory banks.
+        runtime: How the machine computes.
 
     Raises:
         ConfigurationError: The method is unknown, or the configuration names something that is not there.
     """
     config = stored_config(header, where)
     try:
-        return DETECTORS[header.method].prepare(config, header.preprocessing, search)
+        return DETECTORS[header.method].prepare(config, header.preprocessing, runtime)
     except ConfigurationError as error:
         raise ConfigurationError(f"model {where!r}: {error}") from error
 
 
-def load_detector(path: Path, device: torch.device, search: SearchConfig | None = None) -> AnomalyDetector:
+def load_detector(path: Path, device: torch.device, runtime: RuntimeConfig | None = None) -> AnomalyDetector:
     """Read any stored model that says what it is.
 
     Args:
         path: A folder that `AnomalyDetector.save` wrote, or the export of a model.
         device: Where the model shall run.
-        search: How neighbours are searched, for memory banks.
+        runtime: How the machine computes.
 
     Raises:
         ConfigurationError: There is no model, it is damaged, a bare state dict, or belongs to an unknown method.
@@ -127,7 +127,7 @@ def load_detector(path: Path, device: torch.device, search: SearchConfig | None 
         raise ConfigurationError(
             f"{str(path)!r} is a bare state dict, which does not say what it belongs to: give the model folder"
         )
-    builder = prepare_stored(header, str(path), search or SearchConfig())
+    builder = prepare_stored(header, str(path), runtime or RuntimeConfig())
     return StoredModel(path, header, builder).restore(device)
 
 

@@ -18,7 +18,7 @@ import torch
 from patchcore.config_json import config_to_dict
 from patchcore.configs import (
     PreprocessingConfig,
-    SearchConfig,
+    RuntimeConfig,
     TrainingSource,
 )
 from patchcore.configs.typed import ANY_VALUE, TypedSetting, shown_value
@@ -185,7 +185,7 @@ def _by_category(headers: Mapping[Path, ModelHeader], categories: Sequence[str])
     return {c: models[c] for c in (categories or models)}
 
 
-def open_models(models: Mapping[str, tuple[Path, ModelHeader]], search: SearchConfig) -> dict[str, StoredModel]:
+def open_models(models: Mapping[str, tuple[Path, ModelHeader]], runtime: RuntimeConfig) -> dict[str, StoredModel]:
     """Read every model once, so that a damaged one is found before any work; models share equal backbones.
 
     Raises:
@@ -196,7 +196,7 @@ def open_models(models: Mapping[str, tuple[Path, ModelHeader]], search: SearchCo
     for category, (path, header) in progress(models.items(), "models"):
         key = json.dumps([header.method, header.config], sort_keys=True)
         if key not in builders:
-            builders[key] = prepare_stored(header, str(path), search)
+            builders[key] = prepare_stored(header, str(path), runtime)
         opened[category] = StoredModel(path, header, builders[key])
         opened[category].restore(torch.device("cpu"))  # dropped at once: all memory banks together may be large
     return opened

@@ -41,7 +41,6 @@ from patchcore.configs import (
     EpochConfig,
     FeatureAutoencoderConfig,
     ResNetKNNConfig,
-    SearchConfig,
     TrainingConfig,
 )
 
@@ -117,7 +116,7 @@ def _run(steps: list[tuple[str, Any]], **frame: Any) -> int:
         require_held_out_for(config.training.patience, dataset.train_val_split)
         if typed.batch_size is not None:
             config = replace(config, training=replace(config.training, batch_size=typed.batch_size))
-    return train(baseline.method, lambda _: config, run, dataset, SearchConfig())
+    return train(baseline.method, lambda _: config, run, dataset)
 
 
 @run_baselines.command("resnet_knn", short_help="The method: k-NN of pooled features, no map: [-b BACKBONE] [OPTIONS]")
@@ -323,7 +322,7 @@ def load_and_evaluate_baselines(**options: Any) -> None:
 def _load_and_evaluate(steps: list[tuple[str, Any]], **frame: Any) -> int:
     step = dict(steps)
     dataset, settings = step["dataset"]
-    return evaluate(METHODS, step["baseline_loader"], dataset, evaluation(**frame), SearchConfig(), settings)
+    return evaluate(METHODS, step["baseline_loader"], dataset, evaluation(**frame), settings)
 
 
 @load_and_evaluate_baselines.command("baseline_loader", short_help="The models: -p FOLDER [-p FOLDER ...]")

@@ -9,14 +9,13 @@ from typing import Any
 import click
 
 from patchcore.cli.grammar import EXIT_FAILED, announce, quiet_libraries
-from patchcore.cli.steps import CALIBRATION_OPTION, RUNTIME_OPTIONS, TRACKING_OPTIONS, runtime_config
+from patchcore.cli.steps import CALIBRATION_OPTION, RUNTIME_OPTIONS, TRACKING_OPTIONS
 from patchcore.configs import (
     DatasetConfig,
     EpochConfig,
     OutputConfig,
     RunConfig,
     RuntimeConfig,
-    SearchConfig,
     TrackingConfig,
     require_at_least,
 )
@@ -93,7 +92,7 @@ def run_config(
         calibration=calibration,
         outputs=OutputConfig(save_segmentation_images, save_model, save_anomaly_scores),
         skip_existing=skip_existing,
-        runtime=runtime_config(gpus, device, threads),
+        runtime=RuntimeConfig(device, gpus, threads),
         tracking=TrackingConfig(log_online, tensorboard),
         epochs=epochs or EpochConfig(),
     )
@@ -105,9 +104,7 @@ def prepare_console() -> None:
     quiet_libraries()
 
 
-def train(
-    method: str, config_of: Callable[[str], Any], run: RunConfig, dataset: DatasetConfig, search: SearchConfig
-) -> int:
+def train(method: str, config_of: Callable[[str], Any], run: RunConfig, dataset: DatasetConfig) -> int:
     """Train and evaluate a method on every class and return the exit code.
 
     Args:
@@ -115,12 +112,11 @@ def train(
         config_of: Configuration of the method for a class.
         run: Where to write, seeds and outputs.
         dataset: What to read.
-        search: How neighbours are searched.
     """
     prepare_console()
     from patchcore.pipeline import train_and_evaluate
 
-    return 0 if train_and_evaluate(method, config_of, run, dataset, search, announce) else EXIT_FAILED
+    return 0 if train_and_evaluate(method, config_of, run, dataset, announce) else EXIT_FAILED
 
 
 STORED_OPTIONS: tuple[Callable[[Any], Any], ...] = (
@@ -138,7 +134,7 @@ class Evaluation:
     Attributes:
         save_folder: Where the tables go.
         outputs: Optional files.
-        runtime: Device and threads.
+        runtime: How the machine computes.
     """
 
     save_folder: str
@@ -159,7 +155,7 @@ def evaluation(
     """Return what `STORED_OPTIONS` describe."""
     require_at_least("--seed", seed, 0)
     outputs = OutputConfig(save_segmentation_images, False, save_anomaly_scores)
-    return Evaluation(save_folder, outputs, runtime_config(gpus, device, threads))
+    return Evaluation(save_folder, outputs, RuntimeConfig(device, gpus, threads))
 
 
 def evaluate(
@@ -167,7 +163,6 @@ def evaluate(
     model_paths: Sequence[str],
     dataset: DatasetConfig,
     place: Evaluation,
-    search: SearchConfig,
     settings: Sequence[TypedSetting] = (),
     overrides: Sequence[TypedSetting] = (),
     describe: Callable[[str], Any] | None = None,
@@ -179,7 +174,6 @@ def evaluate(
         model_paths: Model folders, exports or bare state dicts.
         dataset: What to read; its preprocessing is taken from the models.
         place: Where and how.
-        search: How neighbours are searched.
         settings: What was typed and has to agree with the models.
         overrides: What was typed and replaces the models' own value.
         describe: ModelHeader of a bare state dict of a class; None where what was typed does not describe one.
@@ -195,7 +189,6 @@ def evaluate(
         save_folder=place.save_folder,
         outputs=place.outputs,
         runtime=place.runtime,
-        search=search,
         announce=announce,
         typed=TypedModel(tuple(settings), tuple(overrides), describe),
     )

@@ -33,7 +33,7 @@ from patchcore.cli.training_options import DEFAULT_CHECKPOINT_EVERY, EPOCH_OPTIO
 from patchcore.cli.typed_dataset import TypedDataset
 from patchcore.cli.typed_fastflow import TypedFastFlow
 from patchcore.config_json import config_to_dict
-from patchcore.configs import EpochConfig, FastFlowConfig, PreprocessingConfig, RunConfig, SearchConfig
+from patchcore.configs import EpochConfig, FastFlowConfig, PreprocessingConfig, RunConfig
 
 LOGGER = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ def _train(model: TypedFastFlow, typed: TypedDataset, run: RunConfig) -> int:
             LOGGER.info("%s: preset %s of %s, %s", category, preset.category, preset.backbone, preset.source)
         return model.config_of(category, typed)
 
-    return train("fastflow", config_of, run, dataset, SearchConfig())
+    return train("fastflow", config_of, run, dataset)
 
 
 def _evaluate(paths: tuple[str, ...], model: TypedFastFlow, dataset: TypedDataset, place: Evaluation) -> int:
@@ -127,7 +127,6 @@ def _evaluate(paths: tuple[str, ...], model: TypedFastFlow, dataset: TypedDatase
         paths,
         dataset.config(PreprocessingConfig()),
         place,
-        SearchConfig(),
         settings=model.stored_settings(dataset),
         overrides=model.tiles.overrides(),
         describe=describe if model.backbone is not None else None,

@@ -23,6 +23,7 @@ from patchcore.cli.commands import (
 from patchcore.cli.grammar import ChainedCommand
 from patchcore.cli.steps import dataset_step, refuse, sampler_step, stored_dataset_step, with_options
 from patchcore.configs import (
+    BACKBONE_PRECISIONS,
     EMBEDDINGS,
     NORMALIZATIONS,
     PATCH_SCORES,
@@ -31,7 +32,6 @@ from patchcore.configs import (
     EnsembleConfig,
     PatchCoreConfig,
     SamplerConfig,
-    SearchConfig,
 )
 
 LOGGER = logging.getLogger(__name__)
@@ -55,16 +55,17 @@ def run_patchcore(**options: Any) -> None:
 @run_patchcore.result_callback()
 def _run(steps: list[tuple[str, Any]], **frame: Any) -> int:
     step = dict(steps)
-    members, score_normalization, search = step["patch_core"]
+    members, score_normalization, machine = step["patch_core"]
     dataset: DatasetConfig = step["dataset"]
     method, config = _method(members, step["sampler"], score_normalization)
     run = run_config(**frame)
+    run = replace(run, runtime=replace(run.runtime, **machine))
     _require_seeds_that_differ(run.seeds, members, dataset)
     _require_images_for_fusion(config, dataset)
     prepare_console()
     if score_normalization == "minmax" and run.calibration != "none":
         LOGGER.warning("minmax scales scores over the test images, which leaves no threshold: decisions stay blank")
-    return train(method, lambda _: config, run, dataset, search)
+    return train(method, lambda _: config, run, dataset)
 
 
 def _require_seeds_that_differ(
@@ -104,10 +105,17 @@ def _method(
     return "patchcore", configs[0]
 
 
-FAISS_OPTIONS = (
+MACHINE_OPTIONS = (
     click.option("--faiss_on_gpu", is_flag=True, help="Search on the GPU where faiss was built for it."),
     click.option(
         "--faiss_num_workers", type=int, default=None, help="Search with faiss on so many CPU threads instead of torch."
+    ),
+    click.option(
+        "--precision",
+        type=click.Choice(BACKBONE_PRECISIONS),
+        default="float32",
+        show_default=True,
+        help="Numbers of the backbone; auto: the fastest that this device computes with in hardware.",
     ),
 )
 
@@ -137,7 +145,7 @@ FAISS_OPTIONS = (
     click.option(
         "-pa", "--patchsize_aggregate", type=int, multiple=True, help="Further neighbourhood size, odd; repeatable."
     ),
-    *FAISS_OPTIONS,
+    *MACHINE_OPTIONS,
     click.option(
         "--weights", multiple=True, help="pretrained (default), random or a path; one for all -b or one each."
     ),
@@ -173,12 +181,13 @@ def patch_core_step(
     patchsize_aggregate: tuple[int, ...],
     faiss_on_gpu: bool,
     faiss_num_workers: int | None,
+    precision: str,
     weights: tuple[str, ...],
     embedding: str,
     normalization: str,
     score_reweighting: int | None,
     score_normalization: str | None,
-) -> tuple[str, tuple[tuple[PatchCoreConfig, ...], str | None, SearchConfig]]:
+) -> tuple[str, tuple[tuple[PatchCoreConfig, ...], str | None, dict[str, Any]]]:
     """PatchCore: backbone, layers, embedding, neighbours. Several backbones give an ensemble."""
     refuse("--preprocessing", preprocessing, "mean", "the original pools by mean whatever is typed")
     refuse("--aggregation", aggregation, "mean", "the original pools by mean whatever is typed")
@@ -198,7 +207,8 @@ def patch_core_step(
         )
         for backbone, seed in typed_backbones(backbones, layers, weights, normalization)
     )
-    return "patch_core", (members, score_normalization, SearchConfig(faiss_on_gpu, faiss_num_workers))
+    machine = {"faiss_on_gpu": faiss_on_gpu, "faiss_num_workers": faiss_num_workers, "precision": precision}
+    return "patch_core", (members, score_normalization, machine)
 
 
 @click.group("load_and_evaluate_patchcore", cls=ChainedCommand, required_steps=("patch_core_loader", "dataset"))
@@ -211,21 +221,24 @@ def load_and_evaluate_patchcore(**options: Any) -> None:
 @load_and_evaluate_patchcore.result_callback()
 def _load_and_evaluate(steps: list[tuple[str, Any]], **frame: Any) -> int:
     step = dict(steps)
-    paths, search = step["patch_core_loader"]
+    paths, machine = step["patch_core_loader"]
     dataset, typed = step["dataset"]
-    return evaluate(("patchcore", "ensemble"), paths, dataset, evaluation(**frame), search, typed)
+    place = evaluation(**frame)
+    place = replace(place, runtime=replace(place.runtime, **machine))
+    return evaluate(("patchcore", "ensemble"), paths, dataset, place, typed)
 
 
 @load_and_evaluate_patchcore.command("patch_core_loader", short_help="The models: -p FOLDER [-p FOLDER ...]")
 @with_options(
     click.option("-p", "--patch_core_paths", "paths", multiple=True, required=True, help="Model folder; repeatable."),
-    *FAISS_OPTIONS,
+    *MACHINE_OPTIONS,
 )
 def patch_core_loader_step(
-    paths: tuple[str, ...], faiss_on_gpu: bool, faiss_num_workers: int | None
-) -> tuple[str, tuple[tuple[str, ...], SearchConfig]]:
+    paths: tuple[str, ...], faiss_on_gpu: bool, faiss_num_workers: int | None, precision: str
+) -> tuple[str, tuple[tuple[str, ...], dict[str, Any]]]:
     """Name the model folders."""
-    return "patch_core_loader", (paths, SearchConfig(faiss_on_gpu, faiss_num_workers))
+    machine = {"faiss_on_gpu": faiss_on_gpu, "faiss_num_workers": faiss_num_workers, "precision": precision}
+    return "patch_core_loader", (paths, machine)
 
 
 run_patchcore.add_command(sampler_step)

@@ -12,7 +12,6 @@ from patchcore.configs import (
     RESIZE_MODES,
     DatasetConfig,
     PreprocessingConfig,
-    RuntimeConfig,
     SamplerConfig,
 )
 from patchcore.configs.typed import TypedSetting
@@ -54,10 +53,6 @@ TRACKING_OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option("--log_online", is_flag=True, help="Send the numbers to Weights & Biases, project --log_project."),
     click.option("--tensorboard", is_flag=True, help="Write the numbers as TensorBoard event files."),
 )
-
-
-def runtime_config(gpus: tuple[int, ...], device: str, threads: int | None) -> RuntimeConfig:
-    return RuntimeConfig(device=device, gpus=gpus, threads=threads)
 
 
 PREPROCESSING_OPTIONS: tuple[Callable[[Any], Any], ...] = (

@@ -41,9 +41,9 @@ from patchcore.configs.patchcore import (
     EnsembleConfig,
     PatchCoreConfig,
     SamplerConfig,
-    SearchConfig,
 )
 from patchcore.configs.run import (
+    BACKBONE_PRECISIONS,
     CALIBRATION_METHODS,
     EpochConfig,
     OutputConfig,
@@ -53,6 +53,7 @@ from patchcore.configs.run import (
 )
 
 __all__ = [
+    "BACKBONE_PRECISIONS",
     "CALIBRATION_METHODS",
     "DEMO_CATEGORIES",
     "EMBEDDINGS",
@@ -83,7 +84,6 @@ __all__ = [
     "RunConfig",
     "RuntimeConfig",
     "SamplerConfig",
-    "SearchConfig",
     "TileConfig",
     "TrackingConfig",
     "TrainingConfig",

@@ -131,21 +131,3 @@ class EnsembleConfig:
                     f"members {first} and {second} of the ensemble would be the same model: give one of them another "
                     "backbone, other layers or, with a random or coreset sampler, another .seed-N"
                 )
-
-
-@dataclass(frozen=True)
-class SearchConfig:
-    """Where neighbours are searched; part of the machine, not of the model.
-
-    Attributes:
-        faiss_on_gpu: Search on the GPU where faiss was built for it.
-        faiss_num_workers: Search with faiss on so many CPU threads, at most one per core; None searches with torch,
-            which finds the same.
-    """
-
-    faiss_on_gpu: bool = False
-    faiss_num_workers: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.faiss_num_workers is not None:
-            require_at_least("--faiss_num_workers", self.faiss_num_workers, 1)

@@ -10,25 +10,40 @@ from patchcore.configs.checks import require_at_least, require_choice
 from patchcore.errors import ConfigurationError
 
 CALIBRATION_METHODS = ("none", "kfold", "split")
+BACKBONE_PRECISIONS = ("float32", "bf16", "fp16", "auto")
 
 
 @dataclass(frozen=True)
 class RuntimeConfig:
-    """Device and threads of a run.
+    """How this machine computes; part of the machine, not of the model.
 
     Attributes:
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
         gpus: GPU indices, of which the first is used.
         threads: Threads of CPU kernels; None leaves torch's choice.
+        precision: Numbers that the frozen backbone computes with, one of BACKBONE_PRECISIONS.
+        memory_budget_bytes: How much of the features is held in memory, the rest in files; None holds all of them.
+        faiss_on_gpu: Search on the GPU where faiss was built for it.
+        faiss_num_workers: Search with faiss on so many CPU threads, at most one per core; None searches with torch,
+            which finds the same.
     """
 
     device: str = "auto"
     gpus: tuple[int, ...] = (0,)
     threads: int | None = None
+    precision: str = "float32"
+    memory_budget_bytes: int | None = None
+    faiss_on_gpu: bool = False
+    faiss_num_workers: int | None = None
 
     def __post_init__(self) -> None:
         if self.threads is not None:
             require_at_least("--threads", self.threads, 1)
+        if self.faiss_num_workers is not None:
+            require_at_least("--faiss_num_workers", self.faiss_num_workers, 1)
+        if self.memory_budget_bytes is not None:
+            require_at_least("--memory_budget", self.memory_budget_bytes, 1)
+        require_choice("--precision", self.precision, BACKBONE_PRECISIONS)
         for gpu in self.gpus:
             require_at_least("--gpu", gpu, 0)
         if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]+)?", self.device):

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from patchcore.config_json import config_to_dict
-from patchcore.configs import AutoencoderConfig, PreprocessingConfig, SearchConfig, TrainingConfig, TrainingSource
+from patchcore.configs import AutoencoderConfig, PreprocessingConfig, RuntimeConfig, TrainingConfig, TrainingSource
 from patchcore.detector import DetectorBuilder, Prediction, register_detector
 from patchcore.methods.network_detector import NetworkDetector
 from patchcore.methods.training import Training, load_weights, require_finite, seeded
@@ -119,7 +119,7 @@ class Autoencoder(NetworkDetector[AutoencoderNet]):
 
     @classmethod
     def prepare(
-        cls, config: AutoencoderConfig, preprocessing: PreprocessingConfig, search: SearchConfig
+        cls, config: AutoencoderConfig, preprocessing: PreprocessingConfig, runtime: RuntimeConfig
     ) -> DetectorBuilder:
         """Return what makes a detector for each class; there is no backbone."""
         return lambda source, device: cls(config, device, preprocessing, source)

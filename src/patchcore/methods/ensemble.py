@@ -22,8 +22,8 @@ from patchcore.configs import (
     EnsembleConfig,
     PatchCoreConfig,
     PreprocessingConfig,
+    RuntimeConfig,
     SamplerConfig,
-    SearchConfig,
     TrainingSource,
 )
 from patchcore.detector import (
@@ -82,7 +82,7 @@ class Ensemble(AnomalyDetector):
         embedders: One for each member; members of one backbone share its extractor, and equal ones the embedder.
         preprocessing: Resize and crop that the images have had.
         source: What the model is trained on.
-        search: How neighbours are searched.
+        runtime: How the machine computes.
 
     Attributes:
         members: The models.
@@ -101,12 +101,12 @@ class Ensemble(AnomalyDetector):
         embedders: Sequence[PatchEmbedder],
         preprocessing: PreprocessingConfig,
         source: TrainingSource | None = None,
-        search: SearchConfig | None = None,
+        runtime: RuntimeConfig | None = None,
     ) -> None:
         super().__init__(preprocessing, source or TrainingSource())
         self.config = config
         self.members = [
-            PatchCore(member, embedder, preprocessing, self.source, search, number)
+            PatchCore(member, embedder, preprocessing, self.source, runtime, number)
             for number, (member, embedder) in enumerate(zip(config.members, embedders, strict=True))
         ]
         self.scales_: list[MemberScale] | None = None
@@ -114,7 +114,7 @@ class Ensemble(AnomalyDetector):
 
     @classmethod
     def prepare(
-        cls, config: EnsembleConfig, preprocessing: PreprocessingConfig, search: SearchConfig
+        cls, config: EnsembleConfig, preprocessing: PreprocessingConfig, runtime: RuntimeConfig
     ) -> DetectorBuilder:
         """Load each backbone once and return what makes a detector for each class.
 
@@ -124,7 +124,7 @@ class Ensemble(AnomalyDetector):
         for member in config.members:
             require_search_and_sampler(member)
         embedders = _build_embedders(config, preprocessing.imagesize_px)
-        return lambda source, device: cls(config, [e.to(device) for e in embedders], preprocessing, source, search)
+        return lambda source, device: cls(config, [e.to(device) for e in embedders], preprocessing, source, runtime)
 
     @property
     def can_calibrate(self) -> bool:

@@ -16,7 +16,7 @@ from patchcore.config_json import config_to_dict
 from patchcore.configs import (
     FastFlowConfig,
     PreprocessingConfig,
-    SearchConfig,
+    RuntimeConfig,
     TrainingConfig,
     TrainingSource,
 )
@@ -76,7 +76,7 @@ class FastFlow(NetworkDetector["FastFlowNet"]):
 
     @classmethod
     def prepare(
-        cls, config: FastFlowConfig, preprocessing: PreprocessingConfig, search: SearchConfig
+        cls, config: FastFlowConfig, preprocessing: PreprocessingConfig, runtime: RuntimeConfig
     ) -> DetectorBuilder:
         """Load the backbone once and return what makes a detector for each class.
 

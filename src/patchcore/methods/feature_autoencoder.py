@@ -20,7 +20,7 @@ from patchcore.config_json import config_to_dict
 from patchcore.configs import (
     FeatureAutoencoderConfig,
     PreprocessingConfig,
-    SearchConfig,
+    RuntimeConfig,
     TrainingConfig,
     TrainingSource,
 )
@@ -232,7 +232,7 @@ class FeatureAutoencoder(NetworkDetector[FeatureAutoencoderNet]):
 
     @classmethod
     def prepare(
-        cls, config: FeatureAutoencoderConfig, preprocessing: PreprocessingConfig, search: SearchConfig
+        cls, config: FeatureAutoencoderConfig, preprocessing: PreprocessingConfig, runtime: RuntimeConfig
     ) -> DetectorBuilder:
         """Load the backbone once and return what makes a detector for each class.
 

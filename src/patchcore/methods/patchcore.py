@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from patchcore.config_json import config_to_dict
-from patchcore.configs import PatchCoreConfig, PreprocessingConfig, SearchConfig, TrainingSource
+from patchcore.configs import PatchCoreConfig, PreprocessingConfig, RuntimeConfig, TrainingSource
 from patchcore.detector import (
     AnomalyDetector,
     DetectorBuilder,
@@ -144,7 +144,7 @@ class PatchCore(AnomalyDetector):
         embedder: Images to patch embeddings, shared between classes.
         preprocessing: Resize and crop that the images have had.
         source: What the model is trained on; its seed drives the coreset.
-        search: How neighbours are searched.
+        runtime: How the machine computes.
         member: Number in an ensemble, so that equal members differ in their coresets; None outside.
 
     Attributes:
@@ -160,14 +160,14 @@ class PatchCore(AnomalyDetector):
         embedder: PatchEmbedder,
         preprocessing: PreprocessingConfig,
         source: TrainingSource | None = None,
-        search: SearchConfig | None = None,
+        runtime: RuntimeConfig | None = None,
         member: int | None = None,
     ) -> None:
         super().__init__(preprocessing, source or TrainingSource())
         self.config = config
         self.member = member
         self.embedder = embedder
-        self.search = search or SearchConfig()
+        self.runtime = runtime or RuntimeConfig()
         self.device = embedder.extractor.mean.device
         self.sampler: Sampler = build_sampler(config.sampler.name, config.sampler.percentage)
         self._scorer: NearestNeighbourScorer | None = None
@@ -175,7 +175,7 @@ class PatchCore(AnomalyDetector):
 
     @classmethod
     def prepare(
-        cls, config: PatchCoreConfig, preprocessing: PreprocessingConfig, search: SearchConfig
+        cls, config: PatchCoreConfig, preprocessing: PreprocessingConfig, runtime: RuntimeConfig
     ) -> DetectorBuilder:
         """Load the backbone once and return what makes a detector for each class.
 
@@ -184,7 +184,7 @@ class PatchCore(AnomalyDetector):
         """
         require_search_and_sampler(config)
         embedder = PatchEmbedder(build_extractor(config.backbone, preprocessing.imagesize_px), config)
-        return lambda source, device: cls(config, embedder.to(device), preprocessing, source, search)
+        return lambda source, device: cls(config, embedder.to(device), preprocessing, source, runtime)
 
     def fit(self, loader: ImageBatches) -> PatchCore:
         """Fill the memory bank with a coreset of the patches of normal images.
@@ -230,7 +230,7 @@ class PatchCore(AnomalyDetector):
                     f"the {what} has {len(bank)} patch(es), {option} {count} needs as many: keep more patches "
                     f"(sampler -p) or {remedy}"
                 )
-        neighbours = build_nearest_neighbours(self.search.faiss_on_gpu, self.search.faiss_num_workers, self.device)
+        neighbours = build_nearest_neighbours(self.runtime.faiss_on_gpu, self.runtime.faiss_num_workers, self.device)
         return NearestNeighbourScorer(self.config.num_nn, neighbours).fit(bank)
 
     def out_of_fold_calibration(self) -> Calibration | None:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from patchcore.config_json import config_to_dict
-from patchcore.configs import PreprocessingConfig, ResNetKNNConfig, SearchConfig, TrainingSource
+from patchcore.configs import PreprocessingConfig, ResNetKNNConfig, RuntimeConfig, TrainingSource
 from patchcore.detector import (
     AnomalyDetector,
     DetectorBuilder,
@@ -42,7 +42,7 @@ class ResNetKNN(AnomalyDetector):
         extractor: Feature maps of a frozen backbone, shared between classes.
         preprocessing: Resize and crop that the images have had.
         source: What the model is trained on.
-        search: How neighbours are searched.
+        runtime: How the machine computes.
 
     Attributes:
         bank_: float32 [N, F], kept features of the training images; learned by `fit`.
@@ -59,19 +59,19 @@ class ResNetKNN(AnomalyDetector):
         extractor: FeatureExtractor,
         preprocessing: PreprocessingConfig,
         source: TrainingSource | None = None,
-        search: SearchConfig | None = None,
+        runtime: RuntimeConfig | None = None,
     ) -> None:
         super().__init__(preprocessing, source or TrainingSource())
         self.config = config
         self.extractor = extractor
-        self.search = search or SearchConfig()
+        self.runtime = runtime or RuntimeConfig()
         self.bank_: torch.Tensor | None = None
         self.kept_: torch.Tensor | None = None
         self._neighbours: NearestNeighbours | None = None
 
     @classmethod
     def prepare(
-        cls, config: ResNetKNNConfig, preprocessing: PreprocessingConfig, search: SearchConfig
+        cls, config: ResNetKNNConfig, preprocessing: PreprocessingConfig, runtime: RuntimeConfig
     ) -> DetectorBuilder:
         """Load the backbone once and return what makes a detector for each class.
 
@@ -80,7 +80,7 @@ class ResNetKNN(AnomalyDetector):
         """
         require_one_faiss()
         extractor = shared_extractor(config.backbone, preprocessing.imagesize_px)
-        return lambda source, device: cls(config, extractor.to(device), preprocessing, source, search)
+        return lambda source, device: cls(config, extractor.to(device), preprocessing, source, runtime)
 
     @property
     def _num_features(self) -> int:
@@ -134,7 +134,7 @@ class ResNetKNN(AnomalyDetector):
     def _set_bank(self, bank: torch.Tensor, kept: torch.Tensor) -> None:
         self.bank_, self.kept_ = bank, kept
         device = self.extractor.mean.device
-        neighbours = build_nearest_neighbours(self.search.faiss_on_gpu, self.search.faiss_num_workers, device)
+        neighbours = build_nearest_neighbours(self.runtime.faiss_on_gpu, self.runtime.faiss_num_workers, device)
         self._neighbours = neighbours.fit(bank)
 
     @torch.no_grad()
