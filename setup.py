@@ -24,6 +24,7 @@ BROWSER = ["selenium>=4.20"]
 DEV = [
     "mypy>=1.11",
     "oxlint>=1.50",
+    "pytest-xdist>=3.6",
     "pytest>=8",
     "ruff>=0.9",
     "scikit-learn>=1.4",

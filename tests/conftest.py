@@ -14,6 +14,10 @@ import torch
 from headless import Browser, why_no_browser
 from PIL import Image
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many threads as cores in each of the workers would wait for one another
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
+
 REPOSITORY = Path(__file__).parent.parent
 IMAGE_PX = 64
 
@@ -67,6 +71,8 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     if report.skipped and needs and "PATCHCORE_TEST_DATA" in os.environ:
         report.outcome = "failed"
         report.longrepr = f"{item.nodeid} was skipped although PATCHCORE_TEST_DATA is set ({report.longrepr})"
+    # Parallel workers send reports as UTF-8, and what is captured may hold names of files that are none.
+    report.sections = [(title, text.encode("utf-8", "backslashreplace").decode()) for title, text in report.sections]
     return report
 
 

@@ -41,7 +41,7 @@ from patchcore.detector import (
     require_images,
 )
 from patchcore.evaluation.metrics import pixel_metrics
-from patchcore.evaluation.plots.pictures import Caption, HeatScale, png_bytes, segmentation_picture
+from patchcore.evaluation.plots.pictures import FAST_COMPRESSION, Caption, HeatScale, png_bytes, segmentation_picture
 from patchcore.pipeline import load_and_evaluate, train_and_evaluate
 from patchcore.prediction import load_detector
 from patchcore.scoring.calibration import Calibration
@@ -346,7 +346,7 @@ def test_pictures_show_each_image_without_margin(finished: Path, expected: dict[
         caption = Caption(f"{name}.png", truth, float(anomaly_map.max()), calibration["image"]["threshold"])
         picture = segmentation_picture(e.image, e.mask, anomaly_map, scale, caption)
         written = finished / "segmentation_images" / "folder_part" / f"{name.replace('/', '_')}.png"
-        assert written.read_bytes() == png_bytes(picture)
+        assert written.read_bytes() == png_bytes(picture, FAST_COMPRESSION)
 
 
 def test_without_ground_truth_and_calibration(

@@ -18,6 +18,7 @@ from patchcore.evaluation.plots.pictures import (
     SCALE_PX,
     Caption,
     HeatScale,
+    colour_table,
     heat_panel,
     picture_names,
     png_bytes,
@@ -190,3 +191,17 @@ def test_scale_up_to_the_threshold() -> None:
     scale = HeatScale.up_to_threshold(1.0, 3.0)
     np.testing.assert_allclose(scale.levels(np.array([0.0, 1.0, 3.0, 4.0, 9.0])), [0, 0, 2 / 3, 1, 1])
     assert scale.threshold == 3.0
+
+
+def test_the_heat_map_is_blended_as_the_formula_says() -> None:
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (PANEL_PX, PANEL_PX, 3), dtype=np.uint8)
+    values = rng.uniform(0, 5, (PANEL_PX, PANEL_PX)).astype(np.float32)
+    values[:20] = np.nan  # not inspected
+    scale = HeatScale(1, 4, None)
+    gray = np.asarray(Image.fromarray(image).convert("L")).astype(float)
+    level = np.clip((values - 1) / 3, 0, 1)
+    opacity = np.where(np.isnan(values), 0, 0.25 + 0.55 * level)[..., None]
+    colours = colour_table()[(255 * np.nan_to_num(level)).astype(int)]
+    expected = (1 - opacity) * gray[..., None] + np.nan_to_num(opacity) * colours
+    assert np.abs(np.asarray(heat_panel(image, values, scale)) - expected).max() < 2.5

@@ -8,6 +8,7 @@ import logging
 import mmap
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +20,7 @@ from patchcore import runtime
 from patchcore.errors import ConfigurationError
 from patchcore.runtime import (
     derive_seed,
+    in_threads,
     log_to_console,
     log_to_file,
     over_threads,
@@ -338,3 +340,18 @@ def test_an_error_in_a_part_of_a_batch_reaches_the_caller() -> None:
 
     with pytest.raises(ValueError, match="2 rows"):
         over_threads(fails, torch.zeros(6, 1), torch.device("cpu"))
+
+
+def test_threads_give_results_in_order_and_leave_the_rest_when_one_fails() -> None:
+    assert list(in_threads(lambda i: i * i, range(50))) == [i * i for i in range(50)]
+    done: list[int] = []
+
+    def third_fails(i: int) -> None:
+        if i == 3:
+            raise OSError("disk full")
+        time.sleep(0.001)
+        done.append(i)
+
+    with pytest.raises(OSError, match="disk full"):
+        list(in_threads(third_fails, range(10_000)))
+    assert len(done) < 1000

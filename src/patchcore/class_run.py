@@ -22,9 +22,16 @@ from patchcore.detector import AnomalyDetector, DetectorBuilder, Prediction, Tra
 from patchcore.errors import ConfigurationError, DataError
 from patchcore.evaluation.metrics import label_regions
 from patchcore.evaluation.plots.curves import training_picture
-from patchcore.evaluation.plots.pictures import Caption, HeatScale, picture_names, png_bytes, segmentation_picture
+from patchcore.evaluation.plots.pictures import (
+    FAST_COMPRESSION,
+    Caption,
+    HeatScale,
+    picture_names,
+    png_bytes,
+    segmentation_picture,
+)
 from patchcore.evaluation.summary import class_metrics, defect_metrics
-from patchcore.runtime import peak_memory_megabytes, progress, reset_peak_memory
+from patchcore.runtime import in_threads, peak_memory_megabytes, progress, reset_peak_memory
 from patchcore.scoring.calibration import Calibration, MapStatistics, calibrate
 from patchcore.storage import run_folder
 from patchcore.storage.files import write_bytes, write_csv
@@ -386,19 +393,26 @@ def _write_pictures(
 ) -> None:
     """Write one picture per test image, all on one colour scale."""
     assert result.images is not None
-    if result.maps is None:
+    maps, images = result.maps, result.images
+    if maps is None:
         LOGGER.warning("%s: this method has no anomaly maps: no pictures are written", test.category)
         return
-    scale = _heat_scale(result.maps, calibration)
+    scale = _heat_scale(maps, calibration)
     names = picture_names([(r.defect_type, r.path.stem) for r in test.records])
-    for i, record in enumerate(progress(test.records, f"{test.category}: pictures")):
-        threshold = calibration.image.threshold if calibration else None
+    threshold = calibration.image.threshold if calibration else None
+
+    def write(i: int) -> None:
+        record = test.records[i]
         name = f"{record.defect_type}/{record.path.name}"
         caption = Caption(name, record.defect_type, float(result.scores[i]), threshold)
         mask = result.of_image(result.masks, i) if result.masks is not None else None
-        image, anomaly_map = result.images[i].transpose(1, 2, 0), result.of_image(result.maps, i)
+        image, anomaly_map = images[i].transpose(1, 2, 0), result.of_image(maps, i)
         picture = segmentation_picture(image, mask, anomaly_map, scale, caption)
-        write_bytes(folder / names[i], png_bytes(picture))
+        write_bytes(folder / names[i], png_bytes(picture, FAST_COMPRESSION))
+
+    written = in_threads(write, range(len(test.records)))
+    for _ in progress(written, f"{test.category}: pictures", total=len(test.records)):
+        pass
 
 
 def _pixel_scale(calibration: Calibration | None) -> tuple[float, float] | None:
