@@ -64,7 +64,7 @@ def test_the_command_of_the_nearest_neighbours(trained: list[Any]) -> None:
         "dataset --resize 256 --imagesize 224 -d metal_plate mpdd data"
     )
     assert invoke(run_baselines, *line.split()).code == 0
-    method, config_of, settings, dataset, _, _ = trained[0]
+    method, config_of, settings, dataset, _ = trained[0]
     assert method == "resnet_knn"
     assert config_of("metal_plate") == ResNetKNNConfig(BackboneConfig("resnet50", ("layer4",)), 400, 40, True)
     assert (settings.results_path, settings.log_group, settings.seeds) == ("RESULTS", "G", (0,))

@@ -51,7 +51,7 @@ def test_training_command(trained: list[Any]) -> None:
         "dataset --category metal_plate data fastflow --backbone resnet18 --use_class_specific"
     )
     assert invoke(run_fastflow, *line.split()).code == 0
-    method, config_of, settings, dataset, _, _ = trained[0]
+    method, config_of, settings, dataset, _ = trained[0]
     assert (method, settings.results_path, settings.log_group) == (
         "fastflow",
         "results/improved",
@@ -73,7 +73,7 @@ PATCH_COMMAND = (
 
 def test_patch_command(trained: list[Any]) -> None:
     assert invoke(run_fastflow, *PATCH_COMMAND.split()).code == 0
-    _, config_of, settings, dataset, _, _ = trained[0]
+    _, config_of, settings, dataset, _ = trained[0]
     config = config_of("bracket_white")
     assert (settings.seeds, settings.log_group) == ((42,), "fastflow_patch_bracket_white")
     assert (config.flow_steps, config.hidden_ratio) == (4, 0.5), "typed beats the preset"

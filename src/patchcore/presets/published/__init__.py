@@ -119,6 +119,8 @@ def _rows(path: Path, columns: Sequence[str]) -> list[tuple[str, dict[str, str]]
                         f"{where}: expected {len(reader.fieldnames or [])} cells, as in the header"
                     )
                 rows.append((where, row))
+    except ConfigurationError:  # which is a ValueError, but says what is wrong already
+        raise
     except (OSError, ValueError, csv.Error) as error:
         raise ConfigurationError(f"{path} cannot be read ({_reason(error)}), expected a csv file") from error
     return rows
