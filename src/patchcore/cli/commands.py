@@ -9,13 +9,14 @@ from typing import Any
 import click
 
 from patchcore.cli.grammar import EXIT_FAILED, announce, quiet_libraries
-from patchcore.cli.steps import CALIBRATION_OPTION, RUNTIME_OPTIONS, TRACKING_OPTIONS
+from patchcore.cli.steps import CALIBRATION_OPTION, RUNTIME_OPTIONS, THRESHOLD_OPTIONS, TRACKING_OPTIONS
 from patchcore.configs import (
     DatasetConfig,
     EpochConfig,
     OutputConfig,
     RunConfig,
     RuntimeConfig,
+    ThresholdRule,
     TrackingConfig,
     require_at_least,
 )
@@ -61,6 +62,7 @@ def run_options(
         MAPS_OPTION,
         skip_existing,
         CALIBRATION_OPTION,
+        *THRESHOLD_OPTIONS,
         *TRACKING_OPTIONS,
     )
 
@@ -79,6 +81,8 @@ def run_config(
     save_anomaly_scores: bool,
     skip_existing: bool,
     calibration: str,
+    threshold_rule: str,
+    validation_path: str | None,
     log_online: bool,
     tensorboard: bool,
     epochs: EpochConfig | None = None,
@@ -90,6 +94,8 @@ def run_config(
         log_group=log_group,
         seeds=seeds,
         calibration=calibration,
+        threshold_rule=ThresholdRule.parse(threshold_rule),
+        validation_path=validation_path,
         outputs=OutputConfig(save_segmentation_images, save_model, save_anomaly_scores),
         skip_existing=skip_existing,
         runtime=RuntimeConfig(device, gpus, threads),

@@ -33,7 +33,7 @@ from patchcore.cli.training_options import DEFAULT_CHECKPOINT_EVERY, EPOCH_OPTIO
 from patchcore.cli.typed_dataset import TypedDataset
 from patchcore.cli.typed_fastflow import TypedFastFlow
 from patchcore.config_json import config_to_dict
-from patchcore.configs import EpochConfig, FastFlowConfig, PreprocessingConfig, RunConfig
+from patchcore.configs import EpochConfig, FastFlowConfig, PreprocessingConfig, RunConfig, ThresholdRule
 
 LOGGER = logging.getLogger(__name__)
 
@@ -85,6 +85,13 @@ def _refuse_training_options(run: RunConfig) -> None:
     refuse("--save_model", run.outputs.models, False, NOT_TRAINED)
     refuse("--resume (--skip_existing)", run.skip_existing, False, NOT_TRAINED)
     refuse("--calibration", run.calibration, RunConfig.calibration, "the thresholds of a stored model are its own")
+    refuse(
+        "--threshold_rule",
+        str(run.threshold_rule),
+        str(ThresholdRule()),
+        "the thresholds of a stored model are its own",
+    )
+    refuse("--validation_data", run.validation_path, None, "the thresholds of a stored model are its own")
     refuse("--eval_every", run.epochs.eval_every, None, NOT_TRAINED)
     refuse("--checkpoint_every", run.epochs.checkpoint_every, DEFAULT_CHECKPOINT_EVERY, NOT_TRAINED)
     refuse("--log_online", run.tracking.wandb, False, "trackers follow runs that train")

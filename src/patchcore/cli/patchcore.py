@@ -32,6 +32,7 @@ from patchcore.configs import (
     EnsembleConfig,
     PatchCoreConfig,
     SamplerConfig,
+    ThresholdRule,
 )
 
 LOGGER = logging.getLogger(__name__)
@@ -62,6 +63,9 @@ def _run(steps: list[tuple[str, Any]], **frame: Any) -> int:
     run = replace(run, runtime=replace(run.runtime, **machine))
     _require_seeds_that_differ(run.seeds, members, dataset)
     _require_images_for_fusion(config, dataset)
+    if score_normalization == "minmax":
+        reason = "minmax scales scores over the test images, which leaves no threshold"
+        refuse("--threshold_rule", str(run.threshold_rule), str(ThresholdRule()), reason)
     prepare_console()
     if score_normalization == "minmax" and run.calibration != "none":
         LOGGER.warning("minmax scales scores over the test images, which leaves no threshold: decisions stay blank")

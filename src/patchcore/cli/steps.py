@@ -13,6 +13,7 @@ from patchcore.configs import (
     DatasetConfig,
     PreprocessingConfig,
     SamplerConfig,
+    ThresholdRule,
 )
 from patchcore.configs.typed import TypedSetting
 
@@ -46,6 +47,21 @@ CALIBRATION_OPTION = click.option(
     default="kfold",
     show_default=True,
     help="Normal images for thresholds: out-of-fold training images, held-out ones, or none.",
+)
+
+THRESHOLD_OPTIONS: tuple[Callable[[Any], Any], ...] = (
+    click.option(
+        "--threshold_rule",
+        default=str(ThresholdRule()),
+        show_default=True,
+        help="mean3std, quantile:Q (a share Q of good images stays below), or f1 (highest F1 on --validation_data).",
+    ),
+    click.option(
+        "--validation_data",
+        "validation_path",
+        default=None,
+        help="Good and defective images for f1, in the layout of DATA_PATH: test and ground_truth are read.",
+    ),
 )
 
 

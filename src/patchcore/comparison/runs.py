@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from patchcore.comparison.folders import StoredConfig, no_run_folder, read_stored_config
-from patchcore.configs import TrainingSource
+from patchcore.configs import ThresholdRule, TrainingSource
 from patchcore.errors import ConfigurationError, DataError
 from patchcore.storage import run_folder
 from patchcore.storage.model_folder import read_model_header
@@ -30,6 +30,7 @@ UNREADABLE_ARCHIVE = (
     *(zipfile.BadZipFile, zlib.error),
 )
 NOT_KNOWN = "not known"  # how many images a stored model was trained on, where its run folder is gone
+DEFAULT_RULE = str(ThresholdRule())  # also of runs and models from before there was a choice
 NO_IMAGE = 255  # mask value of padding
 
 
@@ -40,7 +41,7 @@ class Setting:
     Attributes:
         method: Name in the registry of detectors.
         method_config: Configuration of the method for the class; None where it is not known.
-        calibration: How thresholds were found.
+        calibration: How thresholds were found: the scores and, other than by default, the rule.
         preprocessing: Resize and crop.
         train_val_split: Share of the training images used for training, or NOT_KNOWN.
         limit_train: Number of training images that was asked for, or NOT_KNOWN; None asks for all.
@@ -206,7 +207,7 @@ def _trained(stored: StoredConfig) -> tuple[dict[str, Setting], dict[str, int | 
         category: Setting(
             config["method"],
             of_class[category],
-            config["calibration"],
+            _calibration(config["calibration"], config.get("threshold_rule", DEFAULT_RULE)),
             dataset["preprocessing"],
             dataset["train_val_split"],
             stored.limit_train,
@@ -232,11 +233,17 @@ def _stored_models(stored: StoredConfig) -> tuple[dict[str, Setting], dict[str, 
             LOGGER.debug("model of %s: %s", category, error)
         else:
             method_config, seeds[category] = header.config, header.source.seed
-            calibration = header.calibration.method if header.calibration else "none"
+            scores = header.calibration
+            calibration = _calibration(scores.method, str(scores.rule)) if scores else "none"
             share, limit = _training_images(model, header.source)
         preprocessing = stored.config["dataset"]["preprocessing"]
         settings[category] = Setting(method, method_config, calibration, preprocessing, share, limit)
     return settings, seeds
+
+
+def _calibration(scores: Any, rule: Any) -> Any:
+    """Join where the normal scores come from and the rule that made a threshold of them."""
+    return scores if rule == DEFAULT_RULE else f"{scores} {rule}"
 
 
 def _training_images(model: Path, source: TrainingSource) -> tuple[float | str, int | str | None]:

@@ -51,6 +51,7 @@ from patchcore.configs.run import (
     RuntimeConfig,
     TrackingConfig,
 )
+from patchcore.configs.thresholds import THRESHOLD_RULES, ThresholdRule
 
 __all__ = [
     "BACKBONE_PRECISIONS",
@@ -68,6 +69,7 @@ __all__ = [
     "SCHEDULES",
     "SCORE_NORMALIZATIONS",
     "SMOOTHINGS",
+    "THRESHOLD_RULES",
     "AutoencoderConfig",
     "BackboneConfig",
     "DatasetConfig",
@@ -84,6 +86,7 @@ __all__ = [
     "RunConfig",
     "RuntimeConfig",
     "SamplerConfig",
+    "ThresholdRule",
     "TileConfig",
     "TrackingConfig",
     "TrainingConfig",

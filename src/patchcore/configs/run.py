@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass, field
 
 from patchcore.configs.checks import require_at_least, require_choice
+from patchcore.configs.thresholds import F1, MEAN_3_STD, ThresholdRule
 from patchcore.errors import ConfigurationError
 
 CALIBRATION_METHODS = ("none", "kfold", "split")
@@ -107,6 +108,9 @@ class RunConfig:
         log_group: Name of the run folder.
         seeds: One run folder per seed.
         calibration: Where score scale and thresholds come from, one of CALIBRATION_METHODS.
+        threshold_rule: How the thresholds are chosen from there.
+        validation_path: Folder of good and defective images in the layout of the data set, whose classes' `test` and
+            `ground_truth` choose the thresholds of the rule "f1"; None for the other rules.
         outputs: Optional files.
         skip_existing: Reuse exactly the named run folder and do only what is missing.
         runtime: Device and threads.
@@ -119,6 +123,8 @@ class RunConfig:
     log_group: str = "group"
     seeds: tuple[int, ...] = (0,)
     calibration: str = "kfold"
+    threshold_rule: ThresholdRule = field(default_factory=ThresholdRule)
+    validation_path: str | None = None
     outputs: OutputConfig = field(default_factory=OutputConfig)
     skip_existing: bool = False
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
@@ -127,6 +133,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         require_choice("calibration", self.calibration, CALIBRATION_METHODS)
+        self._require_rule_with_data()
         if not self.results_path.strip():
             raise ConfigurationError("RESULTS_PATH is empty, expected the path of a folder")
         for what, value in (("--log_project", self.log_project), ("--log_group", self.log_group)):
@@ -140,3 +147,22 @@ class RunConfig:
             require_at_least("--seed", seed, 0)
         if len(set(self.seeds)) < len(self.seeds):
             raise ConfigurationError(f"--seed {' '.join(map(str, self.seeds))}: a seed is named twice")
+
+    def _require_rule_with_data(self) -> None:
+        """Raise ConfigurationError for a threshold rule without its scores, or data without their rule."""
+        rule = self.threshold_rule
+        if self.calibration == "none" and rule.name != MEAN_3_STD:
+            raise ConfigurationError(
+                f"--threshold_rule {rule} chooses thresholds, --calibration none leaves them out: use kfold or split"
+            )
+        if rule.name == F1 and self.validation_path is None:
+            raise ConfigurationError(
+                "--threshold_rule f1 needs labelled images that are neither trained nor tested on: give "
+                "--validation_data PATH with <class>/test/good, <class>/test/<defect type> and "
+                "<class>/ground_truth, or use another rule"
+            )
+        if rule.name != F1 and self.validation_path is not None:
+            raise ConfigurationError(
+                f"--validation_data {self.validation_path!r} chooses the thresholds of --threshold_rule f1, found "
+                f"{rule}: type f1 or leave --validation_data out"
+            )

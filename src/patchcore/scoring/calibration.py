@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
+from patchcore.configs.thresholds import THRESHOLD_STDS, ThresholdRule
 from patchcore.errors import ConfigurationError
 
-THRESHOLD_STDS = 3.0
 NUM_FOLDS = 5
 NEGLIGIBLE_SPREAD = 1e-6  # of the threshold: a narrower scale would round neighbouring float32 scores to one value
 LEAVE_ONE_OUT_BELOW = 20  # images: fewer give folds too small to stand for the whole set
@@ -38,8 +38,10 @@ class ScoreScale:
     def normalized(self, scores: np.ndarray) -> np.ndarray:
         """Map raw scores strictly monotonically to (0, 1), the threshold to 0.5.
 
-        A rational function instead of a sigmoid: it does not round to 1 for strong defects. The mean of the
-        normal images comes to lie at 0.25, unless they all score alike.
+        A rational function instead of a sigmoid: it does not round to 1 for strong defects. Its unit is three
+        standard deviations of normal scores, whatever the rule that chose the threshold: so it stays monotone for
+        a threshold below their mean. With the rule "mean3std" the mean of the normal images comes to lie at 0.25,
+        unless they all score alike.
 
         Args:
             scores: Any shape, raw.
@@ -47,7 +49,7 @@ class ScoreScale:
         Returns:
             float64, same shape.
         """
-        width = self.threshold - self.mean
+        width = THRESHOLD_STDS * self.std
         if width <= NEGLIGIBLE_SPREAD * abs(self.threshold):  # all normal images score alike, but for rounding
             width = abs(self.threshold) or 1.0
         z = (np.asarray(scores, dtype=np.float64) - self.threshold) / width
@@ -68,6 +70,7 @@ class Calibration:
         pixel_floor: Mean over all pixels of the normal maps; None for methods without maps.
         image_scores: The normal image scores, for other threshold rules.
         map_maxima: The maxima of the normal maps, for other threshold rules.
+        rule: How the thresholds were chosen; models stored before there was a choice have the default.
     """
 
     method: str
@@ -77,10 +80,13 @@ class Calibration:
     pixel_floor: float | None
     image_scores: tuple[float, ...]
     map_maxima: tuple[float, ...] | None
+    rule: ThresholdRule = field(default_factory=ThresholdRule)
 
 
 def calibrate(method: str, num_folds: int, scores: np.ndarray, maps: MapStatistics | None) -> Calibration:
     """Derive scales and thresholds from the scores of normal images that the model has not seen.
+
+    The thresholds are those of the default rule; `scoring.thresholds.with_rule` gives those of another.
 
     Args:
         method: "kfold" or "split".

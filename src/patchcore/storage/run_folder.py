@@ -13,7 +13,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,18 @@ TIMING_COLUMNS = (
     "peak_memory_mb",
     "model_mb",
 )
+FALSE_ALARM_COLUMNS = (
+    "level",
+    "rule",
+    "aimed_rate",
+    "num_good",
+    "num_flagged",
+    "rate",
+    "interval_low",
+    "interval_high",
+)
+TEXT_COLUMNS = ("defect_type", "level", "rule")
+SHARE_COLUMNS = (*METRIC_COLUMNS, "aimed_rate", "rate", "interval_low", "interval_high")
 IMAGE_COLUMNS = ("path", "defect_type", "label", "score", "normalized_score", "decision", "defect_px")
 ROW_NAMES = "Row Names"
 MEAN_ROW = "Mean"
@@ -79,12 +91,15 @@ class ClassResult:
         metrics: One value for each of METRIC_COLUMNS; None is a blank cell.
         by_defect: One value for each of DEFECT_COLUMNS, per defect type.
         timings: One value for each of TIMING_COLUMNS.
+        false_alarms: One value for each of FALSE_ALARM_COLUMNS, per level; none without calibration, and in records of
+            older versions.
     """
 
     row_name: str
     metrics: dict[str, Any]
     by_defect: list[dict[str, Any]]
     timings: dict[str, Any]
+    false_alarms: list[dict[str, Any]] = field(default_factory=list)
 
 
 def claim_folder(parent: Path, name: str) -> Path:
@@ -223,6 +238,7 @@ def _require_possible_values(result: ClassResult) -> None:
     """Raise ValueError unless a record has None or a value that can be for every column of the tables."""
     tables = [(METRIC_COLUMNS, result.metrics), (TIMING_COLUMNS, result.timings)]
     tables += [(DEFECT_COLUMNS, row) for row in result.by_defect]
+    tables += [(FALSE_ALARM_COLUMNS, row) for row in result.false_alarms]
     impossible = []
     for columns, values in tables:
         for column in columns:
@@ -237,13 +253,13 @@ def _require_possible_values(result: ClassResult) -> None:
 
 def _expected(column: str, value: Any) -> str:
     """Say what a column holds if it is not this value, "" if it may be; written so that NaN may not."""
-    if column == "defect_type":
+    if column in TEXT_COLUMNS:
         return "" if isinstance(value, str) else "a text"
     if value is None:
         return ""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return "a number"
-    if column in METRIC_COLUMNS:
+    if column in SHARE_COLUMNS:
         return "" if -ROUNDING <= value <= 1 + ROUNDING else "a number in [0, 1]"
     if column == "train_images":
         whole = 1 <= value <= MAX_IMAGES and value == int(value)
@@ -259,7 +275,7 @@ def format_number(value: Cell) -> str:
 
 
 def write_tables(folder: Path, outcomes: Mapping[str, ClassResult | str]) -> None:
-    """Write results.csv, results_by_defect.csv and timings.csv, and failures.csv where a class failed.
+    """Write results.csv, results_by_defect.csv and timings.csv; false_alarms.csv and failures.csv where there are any.
 
     Args:
         folder: The run folder.
@@ -278,6 +294,11 @@ def write_tables(folder: Path, outcomes: Mapping[str, ClassResult | str]) -> Non
     write_csv(folder / "results_by_defect.csv", (ROW_NAMES, *DEFECT_COLUMNS), defect_rows)
     timing_rows = [[r.row_name, *(format_number(r.timings[c]) for c in TIMING_COLUMNS)] for r in results]
     write_csv(folder / "timings.csv", (ROW_NAMES, *TIMING_COLUMNS), timing_rows)
+    alarm_rows = [
+        [r.row_name, *(format_number(a[c]) for c in FALSE_ALARM_COLUMNS)] for r in results for a in r.false_alarms
+    ]
+    if alarm_rows:
+        write_csv(folder / "false_alarms.csv", (ROW_NAMES, *FALSE_ALARM_COLUMNS), alarm_rows)
     if failures:
         write_csv(folder / "failures.csv", (ROW_NAMES, "reason"), failures)
     else:
