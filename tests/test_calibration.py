@@ -43,6 +43,10 @@ SCALES = [
     ScoreScale(0.0, 0.0, 0.0),
     ScoreScale(-7.0, 2.0, -1.0),  # a log-likelihood
     ScoreScale(-7.0, 0.0, -7.0),
+    ScoreScale(5.0, 1.0, 2.0),  # a threshold chosen by another rule may lie below the mean of normal scores,
+    ScoreScale(30.0, 2.0, 30.0),  # on it,
+    ScoreScale(30.0, 2.0, math.nextafter(30.0, 31.0)),  # just above it,
+    ScoreScale(2.0, 1e-3, 200.0),  # or far beyond
 ]
 
 
@@ -66,6 +70,14 @@ def test_normalized_is_strictly_monotone_for_all_float32_scores(scale: ScoreScal
     assert (np.diff(normalized)[distinct] > 0).all()
     assert normalized.min() > 0
     assert normalized.max() < 1
+
+
+@pytest.mark.parametrize("scale", SCALES, ids=str)
+def test_a_normalized_score_does_not_depend_on_the_other_images(scale: ScoreScale) -> None:
+    scores = np.random.default_rng(1).normal(scale.threshold, 1, 40).astype(np.float32)
+    together = scale.normalized(scores)
+    np.testing.assert_array_equal([scale.normalized(scores[i : i + 1])[0] for i in range(40)], together)
+    np.testing.assert_array_equal(scale.normalized(np.append(scores, np.float32(1e9)))[:40], together)
 
 
 @pytest.mark.parametrize("scale", SCALES, ids=str)
@@ -136,3 +148,9 @@ def test_calibrate_without_maps_has_no_pixel_scale() -> None:
     assert calibration.pixel is None
     assert calibration.pixel_floor is None
     assert calibration.map_maxima is None
+
+
+def test_the_rule_moves_one_half_and_keeps_the_unit() -> None:
+    low, high = ScoreScale(2.0, 1.0, 3.0), ScoreScale(2.0, 1.0, 9.0)
+    scores = np.array([-4.0, 0.0, 1.0, 6.0])
+    np.testing.assert_allclose(low.normalized(scores + 3), high.normalized(scores + 9), rtol=1e-15)

@@ -18,6 +18,7 @@ from in_process import Finished, invoke
 
 from patchcore.cli import load_and_evaluate_patchcore, run_patchcore
 from patchcore.cli.grammar import announce
+from patchcore.configs import ThresholdRule
 from patchcore.errors import ConfigurationError
 
 METHOD = ["patch_core", "-b", "resnet18", "-le", "layer2"]
@@ -73,6 +74,7 @@ def test_left_out_options_give_the_published_configuration(captured: list[tuple[
     assert (config.sampler.name, config.sampler.percentage) == ("identity", 0.1)
     assert (run.results_path, run.log_project, run.log_group, run.seeds) == ("out", "project", "group", (0,))
     assert (run.calibration, run.skip_existing, run.runtime.device, run.runtime.gpus) == ("kfold", False, "auto", (0,))
+    assert (run.threshold_rule, run.validation_path) == (ThresholdRule("mean3std"), None)
     assert (dataset.name, dataset.path, dataset.categories, dataset.batch_size) == ("mpdd", "data", (), 2)
     assert (dataset.preprocessing.resize_px, dataset.preprocessing.imagesize_px) == (256, 224)
     assert (run.runtime.faiss_on_gpu, run.runtime.faiss_num_workers) == (False, None)
@@ -110,6 +112,14 @@ def test_every_typed_value_arrives(captured: list[tuple[Any, ...]]) -> None:
     assert dataset.preprocessing.resize_mode == "letterbox"
     assert (dataset.limit_train, dataset.limit_test) == (10, 11)
     assert run.runtime.faiss_on_gpu and run.runtime.faiss_num_workers == 3
+
+
+def test_a_threshold_rule_arrives_with_its_data(captured: list[tuple[Any, ...]]) -> None:
+    typed = ("--threshold_rule", "f1", "--validation_data", "labelled")
+    assert invoke(run_patchcore, "out", *METHOD, *SAMPLER, *DATASET, *typed).code == 0
+    assert (captured[0][2].threshold_rule, captured[0][2].validation_path) == (ThresholdRule("f1"), "labelled")
+    assert invoke(run_patchcore, "out", *METHOD, *SAMPLER, *DATASET, "--threshold_rule", "quantile:0.9").code == 0
+    assert captured[1][2].threshold_rule == ThresholdRule("quantile", 0.9)
 
 
 def test_place_of_options_and_order_of_steps_change_nothing(captured: list[tuple[Any, ...]]) -> None:

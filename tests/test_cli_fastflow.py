@@ -368,6 +368,8 @@ def test_wrong_options_are_one_line(flags: list[str], message: str, tmp_path: An
     ("flags", "message"),
     [
         ("--calibration split", "--calibration split is not available, the thresholds of a stored model are its own"),
+        ("--threshold_rule quantile:0.5", "--threshold_rule quantile:0.5 is not available, the thresholds of a stored"),
+        ("--threshold_rule f1 --validation_data data", "--threshold_rule f1 is not available"),
         ("--resume", "--resume (--skip_existing) is not available, stored models are not trained again"),
         ("--skip_existing", "--resume (--skip_existing) is not available"),
         ("--save_model", "--save_model is not available, stored models are not trained again: leave it out"),
@@ -388,7 +390,7 @@ def test_options_of_training_are_refused_with_eval_only(
 
 
 def test_seeds_and_defaults_are_accepted_with_eval_only(evaluated: list[dict[str, Any]]) -> None:
-    flags = "--seed 7 --seed 8 --calibration kfold --checkpoint_every 10 --train_val_split 1"
+    flags = "--seed 7 --seed 8 --calibration kfold --threshold_rule mean3std --checkpoint_every 10 --train_val_split 1"
     assert run(*DATASET, *FASTFLOW, "--eval_only", "--checkpoint", "model", *flags.split()).code == 0
     assert "changes nothing with --eval_only" in " ".join(run("--help").out.split())
     assert len(evaluated) == 1

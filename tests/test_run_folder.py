@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from patchcore.errors import ConfigurationError, DataError
 from patchcore.storage import files, run_folder
 from patchcore.storage.run_folder import (
     DEFECT_COLUMNS,
+    FALSE_ALARM_COLUMNS,
     METRIC_COLUMNS,
     TIMING_COLUMNS,
     ClassResult,
@@ -127,12 +129,25 @@ def test_csv_keeps_bytes_that_are_no_text_and_quotes_what_needs_it(tmp_path: Pat
 def result(name: str, value: float | None) -> ClassResult:
     metrics = dict.fromkeys(METRIC_COLUMNS, value)
     defects = [{**dict.fromkeys(DEFECT_COLUMNS, value), "defect_type": "hole", "num_images": 3}]
-    return ClassResult(name, metrics, defects, dict.fromkeys(TIMING_COLUMNS, value))
+    alarms = [{**dict.fromkeys(FALSE_ALARM_COLUMNS, value), "level": "image", "rule": "mean3std"}]
+    return ClassResult(name, metrics, defects, dict.fromkeys(TIMING_COLUMNS, value), alarms)
 
 
 def test_numbers_have_six_decimals_and_undefined_ones_are_blank() -> None:
     cells = [format_number(v) for v in (0.1234567, 1.0, 3, None, float("nan"), float("inf"), "x")]
     assert cells == ["0.123457", "1.000000", "3", "", "", "", "x"]
+
+
+def test_without_thresholds_there_is_no_table_of_false_alarms_and_older_records_have_none(tmp_path: Path) -> None:
+    bare = replace(result("a", 0.5), false_alarms=[])
+    write_tables(tmp_path, {"a": bare})
+    assert not (tmp_path / "false_alarms.csv").exists()
+    save_class_result(tmp_path, bare)
+    path = run_folder.class_result_path(tmp_path, "a")
+    older = json.loads(path.read_text())
+    del older["false_alarms"]
+    path.write_text(json.dumps(older))
+    assert load_class_result(tmp_path, "a") == bare
 
 
 def test_tables_with_blank_cells_and_failures(tmp_path: Path) -> None:
@@ -143,6 +158,11 @@ def test_tables_with_blank_cells_and_failures(tmp_path: Path) -> None:
     assert read_rows(tmp_path / "failures.csv") == [{"Row Names": "c", "reason": "no mask"}]
     assert [r["defect_type"] for r in read_rows(tmp_path / "results_by_defect.csv")] == ["hole", "hole"]
     assert [r["Row Names"] for r in read_rows(tmp_path / "timings.csv")] == ["a", "b"]
+    alarms = read_rows(tmp_path / "false_alarms.csv")
+    assert [(r["Row Names"], r["rule"], r["rate"]) for r in alarms] == [
+        ("a", "mean3std", "0.500000"),
+        ("b", "mean3std", ""),
+    ]
     write_tables(tmp_path, {"a": result("a", 0.5)})
     assert not (tmp_path / "failures.csv").exists()
 
@@ -196,11 +216,15 @@ def test_a_cell_of_any_name_is_read_back_from_its_row(name: str, tmp_path: Path)
         ("peak_memory_mb", "Infinity", "peak_memory_mb is inf, expected a number from 0 up"),
         ("train_images", "2.5", r"train_images is 2\.5, expected a whole number from 1 up"),
         ("defect_type", "3", "defect_type is 3, expected a text"),
+        ("rule", "3", "rule is 3, expected a text"),
+        ("interval_high", "1.5", r"interval_high is 1\.5, expected a number in \[0, 1\]"),
+        ("num_flagged", "-1", "num_flagged is -1, expected a number from 0 up"),
     ],
 )
 def test_a_record_of_what_cannot_be_is_refused(column: str, value: str, message: str, tmp_path: Path) -> None:
     record = result("a", None)
-    place = next(part for part in (record.metrics, record.timings, record.by_defect[0]) if column in part)
+    parts = (record.metrics, record.timings, record.by_defect[0], record.false_alarms[0])
+    place = next(part for part in parts if column in part)
     place[column] = "spoiled"
     save_class_result(tmp_path, record)
     path = run_folder.class_result_path(tmp_path, "a")

@@ -93,9 +93,10 @@ def _require_validation(path: str, dataset: DatasetConfig, has_maps: bool) -> No
             [r.path for r in validation.records], [r.path for r in known], f"{category}: comparing validation images"
         )
         if shared is not None:
+            same = "" if shared[0].resolve() == shared[1].resolve() else f" as {str(shared[1])!r}"
             raise ConfigurationError(
-                f"--validation_data: {str(shared[0])!r} is the same image as {str(shared[1])!r}, and a threshold is "
-                "chosen neither on test nor on training images: give others"
+                f"--validation_data: {str(shared[0])!r} is also trained or tested on{same}: a threshold is chosen on "
+                "images that are neither, give others"
             )
 
 

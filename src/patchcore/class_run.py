@@ -91,7 +91,9 @@ def train_class(
     """Train, calibrate and evaluate one class, and write its files."""
     reset_peak_memory()
     train, held_out, test = (open_dataset(task.dataset, category, split, seed) for split in DatasetSplit)
-    validation = open_validation(task.dataset, run.validation_path, category) if run.validation_path else None
+    validation = (
+        open_validation(task.dataset, run.validation_path, category) if run.validation_path is not None else None
+    )
     detector = builders[category](TrainingSource(task.dataset.name, category, seed), task.device)
     for part in (train, held_out, test, *([validation] if validation else [])):
         part.check_files(detector.smallest_side_px)

@@ -162,7 +162,7 @@ def _identity(
         "seed": seed,
         "calibration": run.calibration,
         "threshold_rule": str(run.threshold_rule),
-        "validation_data": str(Path(run.validation_path).resolve()) if run.validation_path else None,
+        "validation_data": None if run.validation_path is None else str(Path(run.validation_path).resolve()),
         "outputs": config_to_dict(run.outputs),
     }
 

@@ -151,6 +151,8 @@ class RunConfig:
     def _require_rule_with_data(self) -> None:
         """Raise ConfigurationError for a threshold rule without its scores, or data without their rule."""
         rule = self.threshold_rule
+        if self.validation_path is not None and not self.validation_path.strip():
+            raise ConfigurationError("--validation_data is empty, expected the path of a folder")
         if self.calibration == "none" and rule.name != MEAN_3_STD:
             raise ConfigurationError(
                 f"--threshold_rule {rule} chooses thresholds, --calibration none leaves them out: use kfold or split"

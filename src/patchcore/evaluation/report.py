@@ -61,7 +61,7 @@ def _share(row: Mapping[str, Any]) -> str:
     if row["interval_low"] is None:
         return _percent(row["rate"])
     low, high = 100 * row["interval_low"], 100 * row["interval_high"]
-    return f"{row['num_flagged']}/{row['num_good']} = {_percent(row['rate'])} [{low:.1f}, {high:.1f}]"
+    return f"{row['num_flagged']}/{row['num_good']} = {_percent(row['rate'])} [{low:.1f}, {high:.1f}] %"
 
 
 def _percent(share: float | None) -> str:
