@@ -171,6 +171,7 @@ def test_optional_files_are_left_out_unless_asked_for(data: Path, tmp_path: Path
         "anomaly_scores/mpdd_rod.csv",
         "class_results/mpdd_rod.json",
         "config.json",
+        "false_alarms.csv",
         "results.csv",
         "results_by_defect.csv",
         "run.log",
