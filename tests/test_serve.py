@@ -28,7 +28,7 @@ from patchcore.datasets.images import read_image
 from patchcore.detector import DETECTORS, AnomalyDetector, Prediction
 from patchcore.errors import ConfigurationError
 from patchcore.evaluation.plots.pictures import CONTOUR
-from patchcore.prediction import load_detector, score_image
+from patchcore.prediction import open_detector, score_image
 from patchcore.web import Inspector
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -72,7 +72,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def test_scores_are_those_of_the_run(run_folder: tuple[Path, Path]) -> None:
     folder, data = run_folder
-    detector = load_detector(folder / "models" / "mpdd_plate", CPU)
+    detector = open_detector(folder / "models" / "mpdd_plate", CPU)
     rows = read_rows(folder / "anomaly_scores" / "mpdd_plate.csv")
     assert len(rows) == 6
     for row in rows:
@@ -252,11 +252,11 @@ def test_export_of_fastflow_is_a_model(tmp_path: Path) -> None:
     (folder,) = (tmp_path / "results").rglob("models/mpdd_plate")
     (export,) = folder.glob("*_final.pth")
     image = tmp_path / "data" / "plate" / "test" / "spot" / "000.png"
-    verdicts = {Inspector(load_detector(model, CPU)).inspect(image).verdict for model in (folder, export)}
+    verdicts = {Inspector(open_detector(model, CPU)).inspect(image).verdict for model in (folder, export)}
     assert len(verdicts) == 1
     torch.save({"weight": torch.zeros(3)}, tmp_path / "bare.pth")
     with pytest.raises(ConfigurationError, match="bare state dict"):
-        load_detector(tmp_path / "bare.pth", CPU)
+        open_detector(tmp_path / "bare.pth", CPU)
 
 
 @pytest.fixture

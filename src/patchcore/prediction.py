@@ -111,7 +111,7 @@ def prepare_stored(header: ModelHeader, where: str, runtime: RuntimeConfig) -> D
         raise ConfigurationError(f"model {where!r}: {error}") from error
 
 
-def load_detector(path: Path, device: torch.device, runtime: RuntimeConfig | None = None) -> AnomalyDetector:
+def open_detector(path: Path, device: torch.device, runtime: RuntimeConfig | None = None) -> AnomalyDetector:
     """Read any stored model that says what it is.
 
     Args:

@@ -22,7 +22,7 @@ from patchcore.datasets.images import read_image
 from patchcore.detector import AnomalyDetector
 from patchcore.errors import ConfigurationError, DataError
 from patchcore.evaluation.plots.pictures import HeatScale, heat_panel, resized
-from patchcore.prediction import ScoredImage, load_detector, score_image
+from patchcore.prediction import ScoredImage, open_detector, score_image
 
 HOST = "127.0.0.1"
 MAX_UPLOAD_MB = 100
@@ -189,7 +189,7 @@ def serve_demo(model: Path, port: int, device: torch.device, announce: Callable[
     """
     with _own_temporary_folder(), closing(_listening(port)) as listener:
         gradio, uvicorn = _require_gradio()
-        inspector = Inspector(load_detector(model, device))
+        inspector = Inspector(open_detector(model, device))
         app = _application(gradio, inspector)
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
         start = server.startup
