@@ -29,6 +29,8 @@ ALLOWED = {
     "methods": {"features", "memory", "scoring"},
     "class_run": {"datasets", "evaluation", "scoring", "storage"},
     "prediction": {"datasets", "methods", "storage"},
+    "inference": {"datasets", "evaluation", "prediction", "storage"},
+    "model_update": {"datasets", "inference", "memory", "methods", "prediction", "scoring"},
     "stored_models": {"prediction", "storage"},
     "pipeline": {"class_run", "stored_models", "methods", "datasets", "evaluation", "storage", "tracking"},
     "comparison": {"storage", "evaluation", "presets", "report_html"},
@@ -37,13 +39,23 @@ ALLOWED = {
     "tracking": set(),
     "exploration": {"datasets", "evaluation", "storage"},
     "run_views": {"evaluation", "storage"},
-    "web": {"datasets", "evaluation", "prediction"},
+    "web": {"datasets", "evaluation", "inference", "prediction"},
     "configs": set(),
     "config_json": set(),
     "runtime": set(),
     "errors": set(),
 }
-CLI_CALLBACKS_MAY_IMPORT = {"pipeline", "stored_models", "datasets", "features", "comparison", "exploration", "web"}
+CLI_CALLBACKS_MAY_IMPORT = {
+    "pipeline",
+    "stored_models",
+    "datasets",
+    "features",
+    "comparison",
+    "exploration",
+    "inference",
+    "model_update",
+    "web",
+}
 ONE_HOME = {
     "FrEIA": "methods/normalizing_flow.py",
     "click": "cli/",

@@ -28,7 +28,8 @@ from patchcore.datasets.images import read_image
 from patchcore.detector import DETECTORS, AnomalyDetector, Prediction
 from patchcore.errors import ConfigurationError
 from patchcore.evaluation.plots.pictures import CONTOUR
-from patchcore.prediction import open_detector, score_image
+from patchcore.inference.detector import LoadedDetector
+from patchcore.prediction import open_detector
 from patchcore.web import Inspector
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -76,8 +77,7 @@ def test_scores_are_those_of_the_run(run_folder: tuple[Path, Path]) -> None:
     rows = read_rows(folder / "anomaly_scores" / "mpdd_plate.csv")
     assert len(rows) == 6
     for row in rows:
-        path = data / row["path"]
-        scored = score_image(detector, read_image(path), path)
+        (scored,) = LoadedDetector(detector).predict(data / row["path"])
         assert scored.score == pytest.approx(float(row["score"]), rel=1e-5)
         assert scored.normalized == pytest.approx(float(row["normalized_score"]), rel=1e-4)
         assert scored.is_anomalous == bool(int(row["decision"]))
@@ -87,9 +87,9 @@ def test_map_is_that_of_the_crop_and_lies_on_the_image(patchcore: AnomalyDetecto
     write_texture(tmp_path / "a.png", 1, defect=True)  # a bright square at rows 20 to 36, columns 24 to 40 of 64
     image = read_image(tmp_path / "a.png").resize((192, 192))
     cropped = Inspector(patchcore).detector
-    scored = score_image(cropped, image, tmp_path / "a.png")
-    assert scored.anomaly_map is not None and scored.anomaly_map.shape == (64, 64)
-    whole = scored.map_on_image(192, 192)
+    (scored,) = LoadedDetector(cropped).predict(image)
+    assert scored.model_map is not None and scored.model_map.shape == (64, 64)
+    whole = scored.anomaly_map
     assert whole is not None and whole.shape == (192, 192)
     assert whole[75:93, 87:105].mean() > 1.3 * np.nanmean(whole)
 

@@ -39,7 +39,7 @@ def image_scores(
     return flat.amax(dim=1)
 
 
-def patches_inside(inside: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+def patches_inside(inside: torch.Tensor, grid: tuple[int, ...]) -> torch.Tensor:
     """Tell which patches lie in a region of the image.
 
     Args:
