@@ -30,7 +30,7 @@ ALLOWED = {
     "class_run": {"datasets", "evaluation", "scoring", "storage"},
     "prediction": {"datasets", "methods", "storage"},
     "inference": {"datasets", "evaluation", "prediction", "storage"},
-    "model_update": {"datasets", "inference", "memory", "methods", "prediction", "scoring"},
+    "model_update": {"inference", "memory", "methods", "prediction", "scoring", "storage"},
     "stored_models": {"prediction", "storage"},
     "pipeline": {"class_run", "stored_models", "methods", "datasets", "evaluation", "storage", "tracking"},
     "comparison": {"storage", "evaluation", "presets", "report_html"},

@@ -243,17 +243,9 @@ class LoadedDetector:
     def _prepared(self, item: ImageLike, region: RegionOfInterest | None) -> PreparedImage | DataError:
         """Read, resize and crop an image; what is wrong with it is returned."""
         try:
-            path = Path(item) if isinstance(item, (str, os.PathLike)) else None
-            name = path or Path("image")
-            image = read_image(path) if path is not None else as_rgb(item)
-            placement = place_of_file(name, image.height, image.width, self.detector.preprocessing)
-            require_large_enough(self.detector, placement, name)
-            pixels = torch.from_numpy(crop_image(image, placement).copy()).permute(2, 0, 1)  # [3, H, W]
-            inside = region.cropped(name, image, placement) if region is not None else None
+            return prepared_image(item, self.detector, region)
         except DataError as error:
             return error
-        roi = region.mask if region is not None else None
-        return PreparedImage(path, image, pixels, placement, inside, roi)
 
     def _outcomes(self, batch: Sequence[tuple[ImageLike, PreparedImage | DataError]]) -> list[Outcome]:
         """Score the images of a batch that could be read."""
@@ -297,6 +289,29 @@ class LoadedDetector:
             placement=image.placement,
             roi=image.roi,
         )
+
+
+def prepared_image(item: ImageLike, detector: AnomalyDetector, region: RegionOfInterest | None) -> PreparedImage:
+    """Read, resize and crop an image as a model was trained.
+
+    Args:
+        item: A path, an array or a PIL image.
+        detector: The model.
+        region: What counts of it; None for everything.
+
+    Raises:
+        DataError: The file cannot be read, or the image does not fit the model or the region.
+        TypeError, ValueError: It is no image.
+    """
+    path = Path(item) if isinstance(item, (str, os.PathLike)) else None
+    name = path or Path("image")
+    image = read_image(path) if path is not None else as_rgb(item)
+    placement = place_of_file(name, image.height, image.width, detector.preprocessing)
+    require_large_enough(detector, placement, name)
+    pixels = torch.from_numpy(crop_image(image, placement).copy()).permute(2, 0, 1)  # [3, H, W]
+    inside = region.cropped(name, image, placement) if region is not None else None
+    roi = region.mask if region is not None else None
+    return PreparedImage(path, image, pixels, placement, inside, roi)
 
 
 def as_rgb(item: object) -> Image.Image:

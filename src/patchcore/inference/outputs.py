@@ -172,7 +172,14 @@ def write_outputs(
     """
     files: dict[str, str] = {}
     if choice.overlays and image is not None:
-        picture = contour_overlay(image, findings.defect_mask, findings.inspected, verdict(result), result.is_anomalous)
+        picture = contour_overlay(
+            image,
+            findings.defect_mask,
+            findings.inspected,
+            verdict(result),
+            result.is_anomalous,
+            _place_to_look(result, findings),
+        )
         files["overlay"] = _write_png(out, f"{OVERLAYS}/{name}.png", picture)
     if choice.masks and findings.defect_mask is not None:
         mask = Image.fromarray(findings.defect_mask.astype(np.uint8) * 255)
@@ -186,6 +193,14 @@ def write_outputs(
         levels, meaning = heat_levels(findings.anomaly_map, scale)
         files["heat_map"] = _write_png(out, f"{MAPS}/{name}.png", Image.fromarray(levels), meaning)
     return files
+
+
+def _place_to_look(result: ImageResult, findings: Findings) -> tuple[int, int] | None:
+    """Return row and column of the highest map value of an anomalous image none of whose pixels is a defect."""
+    if not result.is_anomalous or findings.defect_px or not findings.inspected_px:
+        return None
+    row, column = np.unravel_index(int(np.nanargmax(findings.anomaly_map)), findings.anomaly_map.shape)
+    return int(row), int(column)
 
 
 def verdict(result: ImageResult) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +40,7 @@ def image_scores(
     return flat.amax(dim=1)
 
 
-def patches_inside(inside: torch.Tensor, grid: tuple[int, ...]) -> torch.Tensor:
+def patches_inside(inside: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
     """Tell which patches lie in a region of the image.
 
     Args:
@@ -50,7 +51,7 @@ def patches_inside(inside: torch.Tensor, grid: tuple[int, ...]) -> torch.Tensor:
         bool [B, h, w]: patches of whose area at least half lies inside; where the region is too thin for any, those
         with the largest share.
     """
-    shares = F.adaptive_avg_pool2d(inside.float()[:, None], grid)[:, 0]  # [B, h, w]
+    shares = F.adaptive_avg_pool2d(inside.float()[:, None], (grid[0], grid[1]))[:, 0]  # [B, h, w]
     return shares >= shares.amax(dim=(1, 2), keepdim=True).clamp(max=0.5)
 
 

@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from patchcore.evaluation.plots.pictures import ALARM, CONTOUR
 from patchcore.evaluation.plots.style import font
 
-LINE_PER_SIDE = 400  # a line of one pixel in so many of the longer side is seen when the image fills a screen
+LINE_PER_SIDE = 256  # a line of one pixel in so many of the longer side is seen when the image fills a screen
 TEXT_PER_SIDE = 32
 SHADE = (20, 22, 25)  # around the line, so that it is seen on bright parts, too
 NORMAL = (27, 127, 59)
@@ -16,8 +16,16 @@ UNDECIDED = (95, 102, 110)
 DIMMED = 0.45  # brightness of what was not inspected
 
 
+RING_PER_SIDE = 24  # radius of the ring around a place
+
+
 def contour_overlay(
-    image: Image.Image, defect: np.ndarray | None, inspected: np.ndarray, text: str, is_anomalous: bool | None
+    image: Image.Image,
+    defect: np.ndarray | None,
+    inspected: np.ndarray,
+    text: str,
+    is_anomalous: bool | None,
+    place: tuple[int, int] | None = None,
 ) -> Image.Image:
     """Draw a line around defects, darken what was not inspected, and write the verdict into a free corner.
 
@@ -29,6 +37,7 @@ def contour_overlay(
         inspected: bool [H, W].
         text: The verdict.
         is_anomalous: Gives the colour of the verdict; None where there is no decision.
+        place: Row and column of a place to draw a ring around; None for none.
 
     Returns:
         RGB, of the same size.
@@ -39,8 +48,18 @@ def contour_overlay(
     if defect is not None and defect.any():
         _draw_line(pixels, defect)
     drawn = Image.fromarray(pixels)
+    if place is not None:
+        _draw_ring(drawn, *place)
     _write(drawn, text, _colour(is_anomalous), defect)
     return drawn
+
+
+def _draw_ring(image: Image.Image, row: int, column: int) -> None:
+    radius, width = max(image.size) / RING_PER_SIDE, max(1, round(max(image.size) / LINE_PER_SIDE))
+    draw = ImageDraw.Draw(image)
+    for colour, by in ((SHADE, width), (CONTOUR, 0)):
+        box = (column - radius - by, row - radius - by, column + radius + by, row + radius + by)
+        draw.ellipse(box, outline=colour, width=width + 2 * by)
 
 
 def _draw_line(pixels: np.ndarray, defect: np.ndarray) -> None:
