@@ -27,7 +27,7 @@ from patchcore.configs import (
     TrainingSource,
 )
 from patchcore.detector import DETECTORS, AnomalyDetector, NotFittedError
-from patchcore.prediction import load_detector
+from patchcore.prediction import open_detector
 
 CPU = torch.device("cpu")
 PREPROCESSING = PreprocessingConfig(64, 64)
@@ -110,7 +110,7 @@ def check_contract(method: str, config: Any, folder: Path) -> None:
     np.testing.assert_allclose(alone, prediction.scores, rtol=1e-5)
 
     detector.save(folder)
-    loaded = load_detector(folder, CPU)
+    loaded = open_detector(folder, CPU)
     again = loaded.predict(mixed)
     np.testing.assert_allclose(again.scores, prediction.scores, rtol=1e-6)
     assert loaded.calibration_ == detector.calibration_

@@ -25,7 +25,7 @@ from patchcore.detector import NotFittedError
 from patchcore.errors import ConfigurationError, DataError
 from patchcore.methods.ensemble import Ensemble, MemberScale
 from patchcore.methods.patchcore import PatchCore, PatchScores
-from patchcore.prediction import load_detector
+from patchcore.prediction import open_detector
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -134,7 +134,7 @@ def test_a_stored_ensemble_gives_the_same_scores(normalization: str, tmp_path: P
     names = {p.name for p in (tmp_path / "m").iterdir()}
     banks = {f"Ensemble-{i}-3_search_index.safetensors" for i in (1, 2, 3)}
     assert names - {"search_index.safetensors"} == {"model.json", *banks}
-    loaded = load_detector(tmp_path / "m", CPU)
+    loaded = open_detector(tmp_path / "m", CPU)
     np.testing.assert_allclose(loaded.predict(TEST).scores, model.predict(TEST).scores, rtol=1e-5, atol=1e-6)
     assert loaded.calibration_ == model.calibration_
     assert (loaded.calibration_ is None) == (normalization == "minmax")
@@ -147,11 +147,11 @@ def test_swapped_renamed_and_foreign_files_are_refused(tmp_path: Path) -> None:
     first.write_bytes(contents[1])
     second.write_bytes(contents[0])
     with pytest.raises(ConfigurationError, match="swapped or renamed"):
-        load_detector(tmp_path / "m", CPU)
+        open_detector(tmp_path / "m", CPU)
     first.write_bytes(contents[0])
     second.write_bytes(contents[0])
     with pytest.raises(ConfigurationError, match=r"Ensemble-2-2.* was written as 'Ensemble-1-2"):
-        load_detector(tmp_path / "m", CPU)
+        open_detector(tmp_path / "m", CPU)
 
 
 def test_tensors_that_no_member_has_are_refused() -> None:
@@ -167,14 +167,14 @@ def test_thresholds_beside_minmax_are_refused(tmp_path: Path) -> None:
     model.calibration_ = single(RESNET).fit(Batches(TRAIN)).out_of_fold_calibration()
     model.save(tmp_path / "m")
     with pytest.raises(ConfigurationError, match="has thresholds, but its scores are scaled over the test"):
-        load_detector(tmp_path / "m", CPU)
+        open_detector(tmp_path / "m", CPU)
 
 
 def test_a_missing_member_is_named(tmp_path: Path) -> None:
     build(RESNET, LITE).fit(Batches(TRAIN)).save(tmp_path / "m")
     (tmp_path / "m" / "Ensemble-2-2_search_index.safetensors").unlink()
     with pytest.raises(ConfigurationError, match="member Ensemble-2-2"):
-        load_detector(tmp_path / "m", CPU)
+        open_detector(tmp_path / "m", CPU)
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ def test_stored_parts_that_do_not_fit_are_refused(change: dict[str, object], tmp
         header["config"]["members"].pop()
         (tmp_path / "m" / "model.json").write_text(json.dumps(header))
         with pytest.raises(ConfigurationError, match="two or more"):
-            load_detector(tmp_path / "m", CPU)
+            open_detector(tmp_path / "m", CPU)
         return
     del tensors["member_scales"]
     if change["scales"] is not None:

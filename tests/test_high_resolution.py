@@ -43,7 +43,7 @@ from patchcore.detector import (
 from patchcore.evaluation.metrics import pixel_metrics
 from patchcore.evaluation.plots.pictures import FAST_COMPRESSION, Caption, HeatScale, png_bytes, segmentation_picture
 from patchcore.pipeline import load_and_evaluate, train_and_evaluate
-from patchcore.prediction import load_detector
+from patchcore.prediction import open_detector
 from patchcore.scoring.calibration import Calibration
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -389,7 +389,7 @@ def test_tiles_of_fastflow(data: Path, tmp_path: Path) -> None:
     assert train_and_evaluate("fastflow", lambda _: config, run_config, dataset, lambda _: None)
     folder = tmp_path / "project" / "group"
     stored = stored_maps(folder)
-    detector = load_detector(folder / "models" / "folder_part", torch.device("cpu"))
+    detector = open_detector(folder / "models" / "folder_part", torch.device("cpu"))
     scores = read_rows(folder / "anomaly_scores" / "folder_part.csv")
     test = InspectionDataset(data, "part", DatasetSplit.TEST, preprocessing)
     for i, (height, width) in enumerate(size for _, size in SIZES.values()):

@@ -30,6 +30,8 @@ ALLOWED = {
     "class_run": {"datasets", "evaluation", "scoring", "storage"},
     "calibration_data": {"class_run", "datasets", "scoring"},
     "prediction": {"datasets", "methods", "storage"},
+    "inference": {"datasets", "evaluation", "prediction", "storage"},
+    "model_update": {"inference", "memory", "methods", "prediction", "scoring", "storage"},
     "stored_models": {"prediction", "storage"},
     "pipeline": {
         "calibration_data",
@@ -47,13 +49,23 @@ ALLOWED = {
     "tracking": set(),
     "exploration": {"datasets", "evaluation", "storage"},
     "run_views": {"evaluation", "storage"},
-    "web": {"datasets", "evaluation", "prediction"},
+    "web": {"datasets", "evaluation", "inference", "prediction"},
     "configs": set(),
     "config_json": set(),
     "runtime": set(),
     "errors": set(),
 }
-CLI_CALLBACKS_MAY_IMPORT = {"pipeline", "stored_models", "datasets", "features", "comparison", "exploration", "web"}
+CLI_CALLBACKS_MAY_IMPORT = {
+    "pipeline",
+    "stored_models",
+    "datasets",
+    "features",
+    "comparison",
+    "exploration",
+    "inference",
+    "model_update",
+    "web",
+}
 ONE_HOME = {
     "FrEIA": "methods/normalizing_flow.py",
     "click": "cli/",

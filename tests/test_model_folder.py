@@ -34,7 +34,7 @@ from patchcore.detector import AnomalyDetector
 from patchcore.errors import ConfigurationError
 from patchcore.memory.nearest_neighbours import FaissNN, TorchNN
 from patchcore.methods.patchcore import PatchCore
-from patchcore.prediction import load_detector
+from patchcore.prediction import open_detector
 from patchcore.scoring.calibration import Calibration
 
 CPU = torch.device("cpu")
@@ -87,7 +87,7 @@ def assert_same(detector: AnomalyDetector, trained: PatchCore, images: torch.Ten
 
 
 def test_everything_comes_back(original: Path, trained: PatchCore, images: torch.Tensor) -> None:
-    loaded = load_detector(original, CPU, RuntimeConfig(faiss_num_workers=1))
+    loaded = open_detector(original, CPU, RuntimeConfig(faiss_num_workers=1))
     assert isinstance(loaded, PatchCore)
     assert (loaded.config, loaded.source, loaded.preprocessing) == (
         trained.config,
@@ -100,7 +100,7 @@ def test_everything_comes_back(original: Path, trained: PatchCore, images: torch
 
 
 def test_saving_what_was_loaded_gives_the_same_bytes(original: Path, tmp_path: Path) -> None:
-    load_detector(original, CPU).save(tmp_path / "again")
+    open_detector(original, CPU).save(tmp_path / "again")
     for path in original.iterdir():
         assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
 
@@ -117,7 +117,7 @@ def test_nothing_is_unpickled(original: Path, monkeypatch: pytest.MonkeyPatch) -
 
     for module, name in ((pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"), (torch, "load")):
         monkeypatch.setattr(module, name, refuse)
-    load_detector(original, CPU)
+    open_detector(original, CPU)
 
 
 def test_a_model_trained_with_faiss_is_scored_without(
@@ -127,7 +127,7 @@ def test_a_model_trained_with_faiss_is_scored_without(
     assert trained._scorer is not None and isinstance(trained._scorer.nearest_neighbours, FaissNN)
     monkeypatch.setitem(sys.modules, "faiss", None)  # importing it fails from here on
     for runtime in (None, RuntimeConfig(faiss_num_workers=1)):
-        loaded = load_detector(original, CPU, runtime)
+        loaded = open_detector(original, CPU, runtime)
         assert isinstance(loaded, PatchCore) and loaded._scorer is not None
         assert isinstance(loaded._scorer.nearest_neighbours, TorchNN)
         assert_same(loaded, trained, images, tolerance=1e-4)
@@ -139,7 +139,7 @@ def test_a_model_without_calibration(trained: PatchCore, tmp_path: Path) -> None
         trained.save(tmp_path / "model")
     finally:
         trained.calibration_ = calibration
-    assert load_detector(tmp_path / "model", CPU).calibration_ is None
+    assert open_detector(tmp_path / "model", CPU).calibration_ is None
 
 
 # ---------------------------------------------------------------- damage
@@ -240,7 +240,7 @@ def test_a_damaged_model_is_one_line_before_any_work(case: str, folder: Path, da
     assert words in done.err and str(folder) in done.err
     assert not (tmp_path / "save").exists()
     with pytest.raises(ConfigurationError, match=r"[^\n]+"):
-        load_detector(folder, CPU)
+        open_detector(folder, CPU)
 
 
 def evaluate(out: Path, models: list[Path], data: Path, *categories: str) -> Finished:

@@ -28,7 +28,8 @@ from patchcore.datasets.images import read_image
 from patchcore.detector import DETECTORS, AnomalyDetector, Prediction
 from patchcore.errors import ConfigurationError
 from patchcore.evaluation.plots.pictures import CONTOUR
-from patchcore.prediction import load_detector, score_image
+from patchcore.inference.detector import LoadedDetector
+from patchcore.prediction import open_detector
 from patchcore.web import Inspector
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -72,12 +73,11 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def test_scores_are_those_of_the_run(run_folder: tuple[Path, Path]) -> None:
     folder, data = run_folder
-    detector = load_detector(folder / "models" / "mpdd_plate", CPU)
+    detector = open_detector(folder / "models" / "mpdd_plate", CPU)
     rows = read_rows(folder / "anomaly_scores" / "mpdd_plate.csv")
     assert len(rows) == 6
     for row in rows:
-        path = data / row["path"]
-        scored = score_image(detector, read_image(path), path)
+        (scored,) = LoadedDetector(detector).predict(data / row["path"])
         assert scored.score == pytest.approx(float(row["score"]), rel=1e-5)
         assert scored.normalized == pytest.approx(float(row["normalized_score"]), rel=1e-4)
         assert scored.is_anomalous == bool(int(row["decision"]))
@@ -87,9 +87,9 @@ def test_map_is_that_of_the_crop_and_lies_on_the_image(patchcore: AnomalyDetecto
     write_texture(tmp_path / "a.png", 1, defect=True)  # a bright square at rows 20 to 36, columns 24 to 40 of 64
     image = read_image(tmp_path / "a.png").resize((192, 192))
     cropped = Inspector(patchcore).detector
-    scored = score_image(cropped, image, tmp_path / "a.png")
-    assert scored.anomaly_map is not None and scored.anomaly_map.shape == (64, 64)
-    whole = scored.map_on_image(192, 192)
+    (scored,) = LoadedDetector(cropped).predict(image)
+    assert scored.model_map is not None and scored.model_map.shape == (64, 64)
+    whole = scored.anomaly_map
     assert whole is not None and whole.shape == (192, 192)
     assert whole[75:93, 87:105].mean() > 1.3 * np.nanmean(whole)
 
@@ -252,11 +252,11 @@ def test_export_of_fastflow_is_a_model(tmp_path: Path) -> None:
     (folder,) = (tmp_path / "results").rglob("models/mpdd_plate")
     (export,) = folder.glob("*_final.pth")
     image = tmp_path / "data" / "plate" / "test" / "spot" / "000.png"
-    verdicts = {Inspector(load_detector(model, CPU)).inspect(image).verdict for model in (folder, export)}
+    verdicts = {Inspector(open_detector(model, CPU)).inspect(image).verdict for model in (folder, export)}
     assert len(verdicts) == 1
     torch.save({"weight": torch.zeros(3)}, tmp_path / "bare.pth")
     with pytest.raises(ConfigurationError, match="bare state dict"):
-        load_detector(tmp_path / "bare.pth", CPU)
+        open_detector(tmp_path / "bare.pth", CPU)
 
 
 @pytest.fixture

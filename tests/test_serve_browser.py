@@ -26,7 +26,7 @@ from in_process import invoke
 from PIL import Image
 
 from patchcore.cli import run_baselines, run_patchcore
-from patchcore.prediction import load_detector
+from patchcore.prediction import open_detector
 from patchcore.web import MAX_UPLOAD_MB, Inspector
 
 pytestmark = pytest.mark.slow
@@ -140,7 +140,7 @@ def picture(browser: Browser, label: str) -> Image.Image:
 
 
 def test_dropped_images_are_scored_one_after_the_other(page: Browser, models: Models) -> None:
-    inspector = Inspector(load_detector(models.patchcore, torch.device("cpu")))
+    inspector = Inspector(open_detector(models.patchcore, torch.device("cpu")))
     for folder, decision in (("spot", "ANOMALOUS"), ("good", "normal")):
         path = models.images / folder / "000.png"
         named = f"{folder}_000.png"

@@ -20,6 +20,8 @@ _HOMES = {
     "Ensemble": "patchcore.methods.ensemble",
     "EnsembleConfig": "patchcore.configs",
     "ImageLoader": "patchcore.datasets.loader",
+    "ImageResult": "patchcore.inference.results",
+    "LoadedDetector": "patchcore.inference.detector",
     "MPDDDataset": "patchcore.datasets.mpdd",
     "MVTecDataset": "patchcore.datasets.mvtec",
     "PatchCore": "patchcore.methods.patchcore",
@@ -28,6 +30,7 @@ _HOMES = {
     "PreprocessingConfig": "patchcore.configs",
     "RunConfig": "patchcore.configs",
     "SamplerConfig": "patchcore.configs",
+    "load_detector": "patchcore.inference.detector",
 }
 
 __all__ = ["__version__", *_HOMES]

@@ -131,6 +131,21 @@ class AnomalyDetector(ABC):
             NotFittedError: `fit` has not been called.
         """
 
+    def predict_inside(self, images: torch.Tensor, inside: torch.Tensor) -> Prediction:
+        """Score images by what lies in a region of each; the maps are those of `predict`.
+
+        Args:
+            images: uint8 [B, 3, H, W], as for `predict`.
+            inside: bool [B, H, W], pixels of the region, at least one in each image.
+
+        Raises:
+            ConfigurationError: The method does not know where in an image its score comes from.
+        """
+        raise ConfigurationError(
+            f"a model of method {self.method!r} scores whole images and cannot leave a part of one out: leave the "
+            "region of interest (--roi) away, or use a method with anomaly maps"
+        )
+
     @abstractmethod
     def configuration(self) -> dict[str, Any]:
         """Return the method's configuration as JSON values."""
@@ -183,7 +198,7 @@ class AnomalyDetector(ABC):
         return TrainingArtifacts()
 
     def save(self, folder: Path, exports: Mapping[str, bytes] | None = None) -> None:
-        """Write a model folder that `load_detector` reads back; it appears whole or not at all.
+        """Write a model folder that `open_detector` reads back; it appears whole or not at all.
 
         Args:
             folder: Where the model goes.

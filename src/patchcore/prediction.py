@@ -1,4 +1,4 @@
-"""Stored models: from a model folder back to a detector, and what it says of one image."""
+"""Stored models: from a model folder back to a detector."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 
 import patchcore.methods  # noqa: F401  # enters every detector into the registry
 from patchcore.config_json import config_from_dict
 from patchcore.configs import RuntimeConfig, require_choice
-from patchcore.datasets.images import Placement, crop_image, map_on_image, place_of_file
+from patchcore.datasets.images import Placement
 from patchcore.detector import DETECTORS, AnomalyDetector, DetectorBuilder
 from patchcore.errors import ConfigurationError, DataError
 from patchcore.storage.model_folder import ModelHeader, read_model_header, read_model_tensors
@@ -111,7 +109,7 @@ def prepare_stored(header: ModelHeader, where: str, runtime: RuntimeConfig) -> D
         raise ConfigurationError(f"model {where!r}: {error}") from error
 
 
-def load_detector(path: Path, device: torch.device, runtime: RuntimeConfig | None = None) -> AnomalyDetector:
+def open_detector(path: Path, device: torch.device, runtime: RuntimeConfig | None = None) -> AnomalyDetector:
     """Read any stored model that says what it is.
 
     Args:
@@ -131,60 +129,19 @@ def load_detector(path: Path, device: torch.device, runtime: RuntimeConfig | Non
     return StoredModel(path, header, builder).restore(device)
 
 
-@dataclass(frozen=True)
-class ScoredImage:
-    """What a detector says of one image.
-
-    Attributes:
-        score: Raw image score, higher is more anomalous.
-        normalized: The score in (0, 1), 0.5 at the threshold; None without calibration.
-        is_anomalous: Whether the score is above the threshold; None without calibration.
-        anomaly_map: float32 [crop_height, crop_width], raw; None for methods without maps.
-        placement: The resize and crop that the image had.
-    """
-
-    score: float
-    normalized: float | None
-    is_anomalous: bool | None
-    anomaly_map: np.ndarray | None
-    placement: Placement
-
-    def map_on_image(self, height: int, width: int) -> np.ndarray | None:
-        """Return the anomaly map in the frame of the whole image, with crop and resize undone.
-
-        Args:
-            height, width: Size of the result, px: that of the image, or of a scaled copy of it.
-
-        Returns:
-            float32 [height, width], NaN where the crop left the image out; None for methods without maps.
-        """
-        return None if self.anomaly_map is None else map_on_image(self.anomaly_map, self.placement, height, width)
+def require_scores_of_single_images(detector: AnomalyDetector) -> None:
+    """Raise ConfigurationError if the scores of a model say nothing of a single image."""
+    if not detector.can_calibrate:
+        raise ConfigurationError(
+            "this model scales its scores over a whole test set (--score_normalization minmax), so that it has "
+            "none for a single image: train it with --score_normalization calibrated"
+        )
 
 
-def score_image(detector: AnomalyDetector, image: Image.Image, path: Path) -> ScoredImage:
-    """Resize and crop an image as the model was trained, and score it.
-
-    Args:
-        detector: A fitted detector whose `can_calibrate` holds: the scores of the others say nothing of one image.
-        image: RGB, upright, of any size, as `datasets.images.read_image` returns it.
-        path: Its file, for messages.
-
-    Raises:
-        DataError: The image is too long or too small for this model.
-    """
-    placement = place_of_file(path, image.height, image.width, detector.preprocessing)
+def require_large_enough(detector: AnomalyDetector, placement: Placement, path: Path) -> None:
+    """Raise DataError if an image is smaller after resize and crop than a model can score."""
     if min(placement.crop_height, placement.crop_width) < detector.smallest_side_px:
         raise DataError(
             f"{path}: scored at {placement.crop_width} x {placement.crop_height} px, smaller than a tile of "
             f"{detector.smallest_side_px} px of this model: use a larger image"
         )
-    pixels = torch.from_numpy(crop_image(image, placement).copy()).permute(2, 0, 1)  # [3, H, W]
-    prediction = detector.predict(pixels[None])
-    score, calibration = float(prediction.scores[0]), detector.calibration_
-    return ScoredImage(
-        score,
-        float(calibration.image.normalized(prediction.scores)[0]) if calibration else None,
-        score > calibration.image.threshold if calibration else None,
-        prediction.maps[0] if prediction.maps is not None else None,
-        placement,
-    )

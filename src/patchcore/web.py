@@ -7,7 +7,6 @@ import os
 import signal
 import socket
 import tempfile
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -18,11 +17,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from patchcore.datasets.images import read_image
+from patchcore.datasets.images import map_on_image
 from patchcore.detector import AnomalyDetector
 from patchcore.errors import ConfigurationError, DataError
 from patchcore.evaluation.plots.pictures import HeatScale, heat_panel, resized
-from patchcore.prediction import ScoredImage, load_detector, score_image
+from patchcore.inference.detector import LoadedDetector
+from patchcore.inference.results import ImageResult
+from patchcore.prediction import open_detector
 
 HOST = "127.0.0.1"
 MAX_UPLOAD_MB = 100
@@ -69,33 +70,23 @@ class Inspector:
     """
 
     def __init__(self, detector: AnomalyDetector) -> None:
-        if not detector.can_calibrate:
-            raise ConfigurationError(
-                "this model scales its scores over a whole test set (--score_normalization minmax), so that it has "
-                "none for a single image: train it with --score_normalization calibrated"
-            )
         self.detector = detector
-        self._one_at_a_time = threading.Lock()  # no detector promises more, and all cores work on one image anyway
+        self._loaded = LoadedDetector(detector)
 
     def inspect(self, path: Path) -> Answer:
         """Score a file; what is wrong with it becomes the verdict."""
-        try:
-            image = read_image(path)
-            with self._one_at_a_time:
-                scored = score_image(self.detector, image, path)
-        except DataError as error:
-            return Answer(_refusal_html(path.name, _reason(error, path)))
-        shown = _shown(image)
-        return Answer(_verdict_html(path.name, image, scored, self._threshold), shown, self._heat_map(shown, scored))
+        outcome = self._loaded.inspect(path)
+        if outcome.error is not None:
+            return Answer(_refusal_html(path.name, _reason(outcome.error, path)))
+        assert outcome.result is not None and outcome.image is not None
+        shown = _shown(outcome.image)
+        return Answer(_verdict_html(path.name, outcome.result), shown, self._heat_map(shown, outcome.result))
 
-    @property
-    def _threshold(self) -> float | None:
-        calibration = self.detector.calibration_
-        return calibration.image.threshold if calibration else None
-
-    def _heat_map(self, shown: Image.Image, scored: ScoredImage) -> Image.Image | None:
-        anomaly_map = scored.map_on_image(shown.height, shown.width)
-        if anomaly_map is None or np.isnan(anomaly_map).all():
+    def _heat_map(self, shown: Image.Image, scored: ImageResult) -> Image.Image | None:
+        if scored.model_map is None:
+            return None
+        anomaly_map = map_on_image(scored.model_map, scored.placement, shown.height, shown.width)
+        if np.isnan(anomaly_map).all():
             return None
         scale = self._calibrated_scale() or HeatScale(
             float(np.nanmin(anomaly_map)), float(np.nanmax(anomaly_map)), None
@@ -152,15 +143,15 @@ def _shown(image: Image.Image) -> Image.Image:
     return image if max(image.size) <= PICTURE_PX else resized(np.asarray(image), side_px=PICTURE_PX)
 
 
-def _verdict_html(name: str, image: Image.Image, scored: ScoredImage, threshold: float | None) -> str:
-    rows = {"File": f"{name}, {image.width} x {image.height} px"}
-    if threshold is None:
+def _verdict_html(name: str, scored: ImageResult) -> str:
+    rows = {"File": f"{name}, {scored.width} x {scored.height} px"}
+    if scored.threshold is None:
         kind, decision = "", "No decision"
         rows["Score"] = f"{scored.score:.5g}"
         rows["Why"] = "the model was stored without calibration, so it has no threshold and no normalised score"
     else:
         kind, decision = ("anomalous", "ANOMALOUS") if scored.is_anomalous else ("normal", "normal")
-        rows["Score"] = f"{scored.score:.5g} (threshold {threshold:.5g})"
+        rows["Score"] = f"{scored.score:.5g} (threshold {scored.threshold:.5g})"
         rows["Normalised score"] = f"{scored.normalized:.3f} (from 0 to 1, threshold 0.5)"
     return _panel(kind, decision, rows)
 
@@ -189,7 +180,7 @@ def serve_demo(model: Path, port: int, device: torch.device, announce: Callable[
     """
     with _own_temporary_folder(), closing(_listening(port)) as listener:
         gradio, uvicorn = _require_gradio()
-        inspector = Inspector(load_detector(model, device))
+        inspector = Inspector(open_detector(model, device))
         app = _application(gradio, inspector)
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
         start = server.startup

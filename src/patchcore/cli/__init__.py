@@ -10,4 +10,6 @@ from patchcore.cli.fastflow import load_and_evaluate_fastflow as load_and_evalua
 from patchcore.cli.fastflow import run_fastflow as run_fastflow
 from patchcore.cli.patchcore import load_and_evaluate_patchcore as load_and_evaluate_patchcore
 from patchcore.cli.patchcore import run_patchcore as run_patchcore
+from patchcore.cli.predict import predict as predict
 from patchcore.cli.serve import serve_demo as serve_demo
+from patchcore.cli.update_model import update_model as update_model

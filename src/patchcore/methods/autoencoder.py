@@ -136,11 +136,15 @@ class Autoencoder(NetworkDetector[AutoencoderNet]):
         network.standardise_by(rows[0])
         return self._training_of(network, network.mean_squared_error, config, purpose)
 
+    @property
+    def _image_score(self) -> str:
+        return self.config.image_score
+
     @torch.inference_mode()
     def _score(self, network: AutoencoderNet, images: torch.Tensor) -> Prediction:
         errors = network.squared_error(images.to(self.device))  # [B, H, W]
         maps = smoothed(errors, self.config.smoothing_px)
-        return Prediction(image_scores(maps, self.config.image_score).cpu().numpy(), maps.cpu().numpy())
+        return Prediction(image_scores(maps, self._image_score).cpu().numpy(), maps.cpu().numpy())
 
     def configuration(self) -> dict[str, Any]:
         return config_to_dict(self.config)

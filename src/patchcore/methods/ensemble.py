@@ -205,13 +205,20 @@ class Ensemble(AnomalyDetector):
         """
         self._require_fitted()
         require_images(images, self.preprocessing)
-        scores = self._member_scores(images)
+        scores = self._member_scores(images, None)
         if self.can_calibrate:
             return self._fused(scores)
         raw = tuple(Prediction(s.images.numpy(), self._maps(s.patches)) for s in scores)
         return self.join([Prediction(raw[0].scores, raw[0].maps, raw)])
 
-    def _member_scores(self, images: torch.Tensor) -> list[PatchScores]:
+    def predict_inside(self, images: torch.Tensor, inside: torch.Tensor) -> Prediction:
+        if not self.can_calibrate:
+            return super().predict_inside(images, inside)
+        self._require_fitted()
+        require_images(images, self.preprocessing)
+        return self._fused(self._member_scores(images, inside))
+
+    def _member_scores(self, images: torch.Tensor, inside: torch.Tensor | None) -> list[PatchScores]:
         """Return what each member gives for a batch; nothing that members share is computed twice."""
         feature_maps: dict[FeatureExtractor, dict[str, torch.Tensor]] = {}
         embeddings: dict[PatchEmbedder, torch.Tensor] = {}
@@ -222,7 +229,7 @@ class Ensemble(AnomalyDetector):
                 if extractor not in feature_maps:
                     feature_maps[extractor] = extractor(images)
                 embeddings[embedder] = embedder(feature_maps[extractor])
-            scores.append(member.score_embeddings(embeddings[embedder]))
+            scores.append(member.score_embeddings(embeddings[embedder], inside))
         return scores
 
     def _fused(self, scores: Sequence[PatchScores]) -> Prediction:

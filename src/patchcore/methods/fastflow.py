@@ -148,11 +148,15 @@ class FastFlow(NetworkDetector["FastFlowNet"]):
         """
         return super().predict(images)
 
+    @property
+    def _image_score(self) -> str:
+        return self.config.image_score
+
     @torch.inference_mode()
     def _score(self, network: FastFlowNet, images: torch.Tensor) -> Prediction:
         """Return scores [B] and maps [B, H, W] of images uint8 [B, 3, H, W]: the score is read off the final map."""
         maps = post_processed(self._maps(network, images), images, self.config.post_processing)
-        return Prediction(image_scores(maps, self.config.image_score).cpu().numpy(), maps.cpu().numpy())
+        return Prediction(image_scores(maps, self._image_score).cpu().numpy(), maps.cpu().numpy())
 
     def _maps(self, flows: FastFlowNet, images: torch.Tensor) -> torch.Tensor:
         """Return maps float32 [B, H, W], of whole images or joined from those of their tiles."""

@@ -260,11 +260,15 @@ class FeatureAutoencoder(NetworkDetector[FeatureAutoencoderNet]):
         network.standardise_by(rows)
         return self._training_of(network, network.loss, config, purpose)
 
+    @property
+    def _image_score(self) -> str:
+        return self.config.image_score
+
     @torch.inference_mode()
     def _score(self, network: FeatureAutoencoderNet, images: torch.Tensor) -> Prediction:
         errors = network.squared_error(self._feature_maps(images))  # [B, h, w]
         maps = anomaly_maps(errors, self.preprocessing.imagesize_px, self.config.smoothing_px)  # [B, S, S]
-        return Prediction(image_scores(maps, self.config.image_score).cpu().numpy(), maps.cpu().numpy())
+        return Prediction(image_scores(maps, self._image_score).cpu().numpy(), maps.cpu().numpy())
 
     def configuration(self) -> dict[str, Any]:
         return config_to_dict(self.config)

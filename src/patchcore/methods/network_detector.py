@@ -26,6 +26,7 @@ from patchcore.detector import (
 from patchcore.errors import ConfigurationError, DataError
 from patchcore.methods.training import WITHOUT_HELD_OUT, EpochRecord, Training
 from patchcore.runtime import derive_seed, progress
+from patchcore.scoring.anomaly_map import image_scores
 from patchcore.scoring.calibration import Calibration, MapStatistics, calibrate
 
 LOGGER = logging.getLogger(__name__)
@@ -270,6 +271,17 @@ class NetworkDetector(AnomalyDetector, Generic[N]):
         network = self._require_fitted()
         require_images(images, self.preprocessing)
         return self._score(network, images)
+
+    def predict_inside(self, images: torch.Tensor, inside: torch.Tensor) -> Prediction:
+        prediction = self.predict(images)
+        assert prediction.maps is not None  # networks locate what they find
+        scores = image_scores(torch.from_numpy(prediction.maps), self._image_score, inside)
+        return replace(prediction, scores=scores.numpy())
+
+    @property
+    @abstractmethod
+    def _image_score(self) -> str:
+        """What of an image's map is its score, as `image_scores` names it."""
 
     def _require_fitted(self) -> N:
         if self._network is None:

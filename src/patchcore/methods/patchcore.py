@@ -30,7 +30,7 @@ from patchcore.features.patches import ConcatEmbedding, PooledEmbedding
 from patchcore.memory.nearest_neighbours import NearestNeighbourScorer, build_nearest_neighbours, require_one_faiss
 from patchcore.memory.sampler import Sampler, build_sampler
 from patchcore.runtime import derive_seed, progress
-from patchcore.scoring.anomaly_map import anomaly_maps, image_scores
+from patchcore.scoring.anomaly_map import anomaly_maps, image_scores, patches_inside
 from patchcore.scoring.calibration import Calibration, MapStatistics, calibrate, fold_bounds
 
 IMAGES_PER_SEARCH = 8  # in calibration: bounds the copies of embeddings and the maps that are held at once
@@ -301,28 +301,43 @@ class PatchCore(AnomalyDetector):
 
         Source: Roth et al. (CVPR 2022), section 3.3, Eq. 6, and with `score_reweighting` Eq. 7.
         """
+        return self._predict(images, None)
+
+    def predict_inside(self, images: torch.Tensor, inside: torch.Tensor) -> Prediction:
+        return self._predict(images, inside)
+
+    def _predict(self, images: torch.Tensor, inside: torch.Tensor | None) -> Prediction:
         self._require_fitted()
         require_images(images, self.preprocessing)
-        scores = self.score_embeddings(self.embedder(self.embedder.extractor(images)))
+        scores = self.score_embeddings(self.embedder(self.embedder.extractor(images)), inside)
         return Prediction(scores.images.numpy(), self._maps(scores.patches))
 
-    def score_embeddings(self, embeddings: torch.Tensor) -> PatchScores:
-        """Score a batch from its patch embeddings [B, P, D]."""
-        return self._score(embeddings, self._require_fitted())
+    def score_embeddings(self, embeddings: torch.Tensor, inside: torch.Tensor | None = None) -> PatchScores:
+        """Score a batch from its patch embeddings.
+
+        Args:
+            embeddings: float32 [B, P, D].
+            inside: bool [B, H, W], pixels whose patches make the image scores; None stands for all.
+        """
+        return self._score(embeddings, self._require_fitted(), inside)
 
     def _require_fitted(self) -> NearestNeighbourScorer:
         if self._scorer is None:
             raise NotFittedError("this PatchCore has no memory bank: call fit() or load a model folder")
         return self._scorer
 
-    def _score(self, embeddings: torch.Tensor, scorer: NearestNeighbourScorer) -> PatchScores:
-        """Score embeddings [B, P, D]."""
+    def _score(
+        self, embeddings: torch.Tensor, scorer: NearestNeighbourScorer, inside: torch.Tensor | None = None
+    ) -> PatchScores:
+        """Score embeddings [B, P, D], the images by their patches inside a region [B, H, W]."""
         batch, num_patches, _ = embeddings.shape
         flat_scores, nearest = scorer.score(embeddings.flatten(0, 1))  # [B * P] each
         patch_scores = flat_scores.view(batch, *self.embedder.grid)  # [B, h, w]
-        scores = image_scores(patch_scores, self.config.patchscore)  # [B]
+        counted = None if inside is None else patches_inside(inside.to(patch_scores.device), self.embedder.grid)
+        scores = image_scores(patch_scores, self.config.patchscore, counted)  # [B]
         if self.config.score_reweighting is not None:
-            worst = patch_scores.flatten(1).argmax(dim=1)  # [B]
+            candidates = patch_scores if counted is None else patch_scores.masked_fill(~counted, -torch.inf)
+            worst = candidates.flatten(1).argmax(dim=1)  # [B]
             rows = nearest.view(batch, num_patches).gather(1, worst[:, None])[:, 0]
             queries = embeddings[torch.arange(batch, device=worst.device), worst]  # [B, D]
             scores = scores * scorer.neighbourhood_weights(queries, rows, self.config.score_reweighting)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -11,13 +12,16 @@ SMOOTHING_SIGMA_PX = 4.0  # as published, section 3.3
 TOP_PATCHES_PER = 100  # one in so many patches: 8 of 784, about the area of a small defect
 
 
-def image_scores(patch_scores: torch.Tensor, patchscore: str = "max") -> torch.Tensor:
+def image_scores(
+    patch_scores: torch.Tensor, patchscore: str = "max", inside: torch.Tensor | None = None
+) -> torch.Tensor:
     """Score images by their patches.
 
     Args:
         patch_scores: float [B, h, w], higher is more anomalous.
         patchscore: "max" (the most anomalous patch, as published), "mean" (of all patches) or "topk" (mean of the
             highest percent, rounded up).
+        inside: bool [B, h, w], the patches that there are, at least one in each image; None stands for all.
 
     Returns:
         float [B].
@@ -25,12 +29,30 @@ def image_scores(patch_scores: torch.Tensor, patchscore: str = "max") -> torch.T
     Source: "max" is Roth et al. (CVPR 2022), Eq. 6. The others are ours: a mean over several patches is steadier
         against single noisy ones, and misses small defects sooner.
     """
+    if inside is not None:  # image by image, as each has its own number of patches
+        parts = zip(patch_scores, inside, strict=True)
+        return torch.cat([image_scores(scores[there][None, None], patchscore) for scores, there in parts])
     flat = patch_scores.flatten(1)
     if patchscore == "mean":
         return flat.mean(dim=1)
     if patchscore == "topk":
         return flat.topk(-(-flat.shape[1] // TOP_PATCHES_PER), dim=1).values.mean(dim=1)
     return flat.amax(dim=1)
+
+
+def patches_inside(inside: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
+    """Tell which patches lie in a region of the image.
+
+    Args:
+        inside: bool [B, H, W], pixels of the region, at least one in each image.
+        grid: Patches along height and width, (h, w).
+
+    Returns:
+        bool [B, h, w]: patches of whose area at least half lies inside; where the region is too thin for any, those
+        with the largest share.
+    """
+    shares = F.adaptive_avg_pool2d(inside.float()[:, None], (grid[0], grid[1]))[:, 0]  # [B, h, w]
+    return shares >= shares.amax(dim=(1, 2), keepdim=True).clamp(max=0.5)
 
 
 def anomaly_maps(patch_scores: torch.Tensor, imagesize: int, sigma_px: float = SMOOTHING_SIGMA_PX) -> torch.Tensor:

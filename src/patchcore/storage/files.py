@@ -53,11 +53,11 @@ def escaped(content: Any) -> Any:
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Write a csv file; bytes of file names that are no UTF-8 are kept as they are."""
-    text = "".join(_csv_line(row) for row in (header, *rows))
+    text = "".join(csv_line(row) for row in (header, *rows))
     write_bytes(path, text.encode("utf-8", "surrogateescape"))
 
 
-def _csv_line(row: Sequence[str]) -> str:
+def csv_line(row: Sequence[str]) -> str:
     r"""Return a line that ends in \n, although the writer quotes what ends lines only if it is of its own line end."""
     buffer = io.StringIO(newline="")
     csv.writer(buffer, lineterminator="\r\n").writerow(row)

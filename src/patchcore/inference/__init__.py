@@ -1,0 +1,1 @@
+"""Decisions on new images: from Python, on files, and on files as they land."""

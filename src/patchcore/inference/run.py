@@ -1,0 +1,265 @@
+"""A stored model on files: one record for each, the files that go with it, and a table of all."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from patchcore.configs import RuntimeConfig
+from patchcore.errors import ConfigurationError
+from patchcore.inference.detector import BATCH_SIZE, LoadedDetector, Outcome, RegionOfInterest, load_with
+from patchcore.inference.inputs import InputFile, find_inputs, require_inputs
+from patchcore.inference.outputs import (
+    OutputChoice,
+    OutputNames,
+    failure_record,
+    record,
+    table_row,
+    write_outputs,
+)
+from patchcore.runtime import progress
+from patchcore.storage.files import csv_line, escaped
+
+LOGGER = logging.getLogger(__name__)
+
+TABLE = "predictions.csv"
+STATE = "watch_state.jsonl"
+LOCK = ".lock"
+
+
+@dataclass(frozen=True)
+class PredictionJob:
+    """What to score with what, and what to leave of it.
+
+    Attributes:
+        model: A model folder, or the export of a model.
+        inputs: Files, folders and globs.
+        out: Folder of the outputs; None writes none.
+        choice: Which outputs.
+        roi: Mask of what counts in every image; None for everything.
+        runtime: How the machine computes.
+        batch_size: Images that the model takes at once.
+        num_workers: Threads that read images and write outputs; None for one per CPU core.
+        needs_decision: Whether a model without thresholds is an error.
+    """
+
+    model: Path
+    inputs: tuple[str, ...]
+    out: Path | None
+    choice: OutputChoice = field(default_factory=OutputChoice)
+    roi: Path | None = None
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    batch_size: int = BATCH_SIZE
+    num_workers: int | None = None
+    needs_decision: bool = False
+
+
+@dataclass
+class Tally:
+    """How many images were scored, called anomalous, and could not be scored."""
+
+    scored: int = 0
+    anomalous: int = 0
+    failed: int = 0
+
+    def count(self, told: dict[str, Any]) -> None:
+        """Count one record."""
+        if told["error"] is not None:
+            self.failed += 1
+        else:
+            self.scored += 1
+            self.anomalous += told["decision"] == 1
+
+    def __str__(self) -> str:
+        failed = f", {self.failed} not scored (column error)" if self.failed else ""
+        return f"{self.scored} images scored, {self.anomalous} anomalous{failed}"
+
+
+class Recorder:
+    """Scores files and writes what is left of each.
+
+    Args:
+        job: What to leave.
+        loaded: The model.
+        region: What counts in every image.
+        pool: Threads that read images and write outputs.
+        names: Names of outputs.
+    """
+
+    def __init__(
+        self,
+        job: PredictionJob,
+        loaded: LoadedDetector,
+        region: RegionOfInterest | None,
+        pool: ThreadPoolExecutor,
+        names: OutputNames,
+    ) -> None:
+        self.job = job
+        self.loaded = loaded
+        self.region = region
+        self.pool = pool
+        self.names = names
+        calibration = loaded.detector.calibration_
+        self._scale = calibration.pixel if calibration else None
+
+    def records(self, files: Iterable[InputFile]) -> Iterator[tuple[InputFile, str, dict[str, Any]]]:
+        """Score files.
+
+        Yields:
+            Each file in order, the name of its outputs, and its record; the outputs are written.
+        """
+        started: deque[InputFile] = deque()
+        writing: deque[tuple[InputFile, str, Future[dict[str, Any]]]] = deque()
+
+        def paths() -> Iterator[Path]:
+            for file in files:
+                started.append(file)
+                yield file.path
+
+        backlog = self.loaded.batch_size + 2 * self.loaded.num_workers  # bounds the images that are held
+        for outcome in self.loaded.stream(paths(), self.region, self.pool):
+            file = started.popleft()
+            name = self.names.claim(file.label) if outcome.result is not None else ""
+            writing.append((file, name, self.pool.submit(self._record, file, name, outcome)))
+            while len(writing) > backlog:
+                yield _finished(*writing.popleft())
+        while writing:
+            yield _finished(*writing.popleft())
+
+    def _record(self, file: InputFile, name: str, outcome: Outcome) -> dict[str, Any]:
+        """Write the outputs of one image, and return its record."""
+        if outcome.result is None:
+            return failure_record(file.path, str(outcome.error))
+        findings = outcome.result.findings()
+        files: dict[str, str] = {}
+        if self.job.out is not None and findings is not None:
+            files = write_outputs(
+                self.job.out, name, outcome.image, outcome.result, findings, self.job.choice, self._scale
+            )
+        return record(file.path, outcome.result, findings, self.job.choice, files)
+
+
+def _finished(file: InputFile, name: str, future: Future[dict[str, Any]]) -> tuple[InputFile, str, dict[str, Any]]:
+    return file, name, future.result()
+
+
+@contextmanager
+def opened_recorder(job: PredictionJob, announce: Callable[[str], None], watching: bool) -> Iterator[Recorder]:
+    """Check the arguments, load the model, and keep the folder of the outputs for this call alone.
+
+    Args:
+        job: What to score with what.
+        announce: Receives what a user should know of the model.
+        watching: Whether images may still be to come.
+
+    Raises:
+        ConfigurationError: Wrong arguments, found before any image is scored.
+    """
+    require_inputs(job.inputs, job.out, may_be_empty=watching)
+    loaded = load_with(job.model, job.runtime, job.batch_size, job.num_workers)
+    region = loaded.region(job.roi)
+    _say_what_is_missing(job, loaded, announce)
+    with _kept_for_this_call(job.out), loaded.workers() as pool:
+        yield Recorder(job, loaded, region, pool, OutputNames())
+
+
+def _say_what_is_missing(job: PredictionJob, loaded: LoadedDetector, announce: Callable[[str], None]) -> None:
+    if not loaded.has_thresholds:
+        if job.needs_decision:
+            raise ConfigurationError(
+                f"model {str(job.model)!r} was stored without calibration, so that nothing is a defect to "
+                "--fail_on_defect: train it with --calibration kfold, or leave the option out"
+            )
+        announce("the model was stored without calibration: no decisions, masks and contours, raw scores alone")
+    if not loaded.has_maps:
+        announce(f"method {loaded.detector.method} has no anomaly maps: no areas, boxes, overlays, masks and heat maps")
+
+
+@contextmanager
+def _kept_for_this_call(out: Path | None) -> Iterator[None]:
+    """Make the folder of the outputs, and keep other calls out of it."""
+    if out is None:
+        yield
+        return
+    if out.exists() and not out.is_dir():
+        raise ConfigurationError(f"--out {str(out)!r} is a file, expected a folder or a new name")
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / LOCK).open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigurationError(
+                f"--out {str(out)!r} is in use by another call: wait for its end, or choose another folder"
+            ) from error
+        yield  # the lock ends with the process, however that ends
+
+
+def predict_files(job: PredictionJob, announce: Callable[[str], None], tell: Callable[[str], None] | None) -> Tally:
+    """Score files, and write the table of all once all are done.
+
+    Args:
+        job: What to score with what.
+        announce: Receives lines for a person.
+        tell: Receives one line of JSON per image; None where nobody asked.
+
+    Raises:
+        ConfigurationError: Wrong arguments, found before any image is scored.
+    """
+    if job.out is not None and (job.out / STATE).exists():
+        raise ConfigurationError(
+            f"--out {str(job.out)!r} holds the results of a watched folder: choose another, or go on with --watch"
+        )
+    tally = Tally()
+    with opened_recorder(job, announce, watching=False) as recorder:
+        files = list(find_inputs(job.inputs, job.out))
+        records = progress(recorder.records(files), "images", total=len(files))
+        with _table(job) as add:
+            for _, _, told in records:
+                tally.count(told)
+                report(told, tell)
+                add(table_row(told, job.choice))
+    where = f": {job.out / TABLE}" if job.out is not None else ""
+    announce(f"{tally}{where}")
+    return tally
+
+
+def report(told: dict[str, Any], tell: Callable[[str], None] | None) -> None:
+    """Say what is wrong with a file, and hand its record to who asked for it."""
+    if told["error"] is not None:
+        LOGGER.warning("%s: %s", " ".join(str(told["path"]).split()), told["error"])
+    if tell is not None:
+        tell(json.dumps(escaped(told), ensure_ascii=False, allow_nan=False))
+
+
+@contextmanager
+def _table(job: PredictionJob) -> Iterator[Callable[[Sequence[str]], None]]:
+    """Give what adds a row to the table, which gets its name once it is whole; the rows are not held in memory."""
+    if job.out is None:
+        yield lambda row: None
+        return
+    handle, temporary = tempfile.mkstemp(dir=job.out, prefix=".", suffix=".part")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+            file.write(csv_line(job.choice.columns))
+
+            def add(row: Sequence[str]) -> None:
+                file.write(csv_line(row))
+
+            yield add
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, job.out / TABLE)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,250 @@
+"""More normal images for a stored PatchCore, or for each member of an ensemble.
+
+The greedy selection goes on from the stored memory bank, whose patches count as picked. The thresholds are learned anew
+from the stored normal scores and those of the new images, each by a bank that has none of its patches.
+"""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from patchcore.configs import RuntimeConfig
+from patchcore.detector import AnomalyDetector
+from patchcore.errors import ConfigurationError, DataError
+from patchcore.inference.detector import prepared_image
+from patchcore.inference.inputs import find_inputs, require_inputs
+from patchcore.memory.continued_coreset import continued_selection
+from patchcore.methods.ensemble import Ensemble
+from patchcore.methods.patchcore import PatchCore, PatchEmbedder, embed_images
+from patchcore.prediction import StoredModel, prepare_stored, read_header
+from patchcore.runtime import available_cpus, derive_seed, progress, resolve_device, set_threads
+from patchcore.scoring.calibration import Calibration, MapStatistics, calibrate, fold_bounds
+from patchcore.storage.files import write_folder
+
+BANK = "memory_bank"
+KEPT_FOLDER = "before_update"  # not beside the model: scripts take every folder there for a model of the run
+
+
+@dataclass(frozen=True)
+class UpdateJob:
+    """Which model learns which images, and where it goes.
+
+    Attributes:
+        model: Folder of a PatchCore, or of an ensemble.
+        inputs: Normal images: files, folders and globs.
+        out: Folder of the new model, which must not exist; None puts it in the place of the old one, which is kept.
+        runtime: How the machine computes.
+        batch_size: Images that the model takes at once.
+    """
+
+    model: Path
+    inputs: tuple[str, ...]
+    out: Path | None = None
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    batch_size: int = 8
+
+
+class _Images:
+    """Images in memory, in batches."""
+
+    def __init__(self, images: torch.Tensor, batch_size: int) -> None:
+        self.images = images  # uint8 [N, 3, S, S]
+        self.batch_size = batch_size
+
+    @property
+    def num_images(self) -> int:
+        return len(self.images)
+
+    def __len__(self) -> int:
+        return -(-len(self.images) // self.batch_size)
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        for batch in self.images.split(self.batch_size):
+            yield {"image": batch}
+
+
+def update_model(job: UpdateJob, announce: Callable[[str], None]) -> Path:
+    """Add normal images to a stored model.
+
+    Args:
+        job: Which model, which images.
+        announce: Receives lines for a person.
+
+    Returns:
+        Folder of the new model; the old one is whole at every moment, under its name or in `before_update`.
+
+    Raises:
+        ConfigurationError: Wrong arguments, or a model that cannot learn more.
+        DataError: An image cannot be read; nothing was changed.
+    """
+    require_inputs(job.inputs, None, may_be_empty=False)
+    if job.out is not None and job.out.exists():
+        raise ConfigurationError(f"--out {str(job.out)!r} exists, expected a new name: nothing is replaced")
+    set_threads(job.runtime.threads)
+    update = _Update(job)
+    images = _read_images(job, update.detector)
+    updated, num_picked = update.with_images(images)
+    _say_what_was_learned(update.detector, updated, len(images), num_picked, announce)
+    if job.out is None:
+        announce(f"the model before: {_keep(job.model)}")
+    target = job.out or job.model
+    updated.save(target)
+    announce(f"model: {target}")
+    return target
+
+
+class _Update:
+    """A stored model with what makes others of its configuration.
+
+    Raises:
+        ConfigurationError: The model is damaged, of another method, or keeps no patches that more could be added to.
+    """
+
+    def __init__(self, job: UpdateJob) -> None:
+        if job.model.is_file():
+            raise ConfigurationError(f"{str(job.model)!r} is a file, expected a model folder: exports are not updated")
+        header = read_header(job.model)
+        assert header is not None  # of a folder there is one
+        if header.method not in (PatchCore.method, Ensemble.method):
+            raise ConfigurationError(
+                f"model {str(job.model)!r} is of method {header.method!r}, which keeps no memory bank that images "
+                "could be added to: train it anew with all images"
+            )
+        builder = prepare_stored(header, str(job.model), job.runtime)
+        self.batch_size = job.batch_size
+        device = resolve_device(job.runtime.device, job.runtime.gpus)
+        self._new: Callable[[], AnomalyDetector] = lambda: builder(header.source, device)
+        self.detector = StoredModel(job.model, header, builder).restore(device)
+        self.tensors = self.detector.tensors()
+        detector = self.detector
+        self.members: list[PatchCore] = (
+            detector.members
+            if isinstance(detector, Ensemble)
+            else [detector]
+            if isinstance(detector, PatchCore)
+            else []
+        )
+        self.bank_names = [name for name in self.tensors if name.rpartition("/")[2] == BANK]
+        if len(self.bank_names) != len(self.members):
+            raise ConfigurationError(
+                f"model {str(job.model)!r} keeps its memory bank in a compressed index, which cannot grow: train it "
+                "anew with all images, or with --index flat"
+            )
+
+    def with_images(self, images: torch.Tensor) -> tuple[AnomalyDetector, int]:
+        """Return the model that has learned more images uint8 [N, 3, S, S], and how many patches it took over."""
+        embeddings = self._embeddings(images)
+        updated = self._with_patches(embeddings, torch.arange(len(images)), "all")
+        calibration = self.detector.calibration_
+        updated.calibration_ = calibration and self._calibration(calibration, images, embeddings)
+        learned = updated.tensors()
+        return updated, sum(len(learned[name]) - len(self.tensors[name]) for name in self.bank_names)
+
+    def _embeddings(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """Return the patch embeddings float32 [N, P, D] for each member; members that embed alike share them."""
+        batches = _Images(images, self.batch_size)
+        by_embedder: dict[PatchEmbedder, torch.Tensor] = {}
+        for member in self.members:
+            if member.embedder not in by_embedder:
+                (by_embedder[member.embedder],) = embed_images(batches, [member.embedder], "new images: features")
+        return [by_embedder[member.embedder] for member in self.members]
+
+    def _with_patches(self, embeddings: list[torch.Tensor], rows: torch.Tensor, purpose: str | int) -> AnomalyDetector:
+        """Return the model whose banks have taken over patches of some of the new images."""
+        banks: dict[str, torch.Tensor] = {}
+        for name, member, of_member in zip(self.bank_names, self.members, embeddings, strict=True):
+            bank, features = self.tensors[name].cpu(), of_member[rows].flatten(0, 1)
+            source = self.detector.source
+            seed = derive_seed(source.seed, source.category, "update", len(bank), name, purpose)
+            chosen = continued_selection(member.sampler, bank, features, torch.Generator().manual_seed(seed))
+            banks[name] = torch.cat([bank, features[chosen]])
+        detector = self._new()
+        detector.restore({**self.tensors, **banks})
+        return detector
+
+    def _calibration(self, stored: Calibration, images: torch.Tensor, embeddings: list[torch.Tensor]) -> Calibration:
+        """Learn the thresholds from the stored normal scores and those of the new images.
+
+        Each new image is scored by the stored bank and patches of the other new ones. The stored scores are kept as
+        they are: their images are not there any more, and with more patches in the bank they could only be lower.
+        """
+        folds = fold_bounds(len(images)) or [(0, 1)]  # one image: by the stored bank alone
+        scores: list[np.ndarray] = []
+        maps: list[MapStatistics] = []
+        for number, (start, end) in enumerate(progress(folds, "calibration")):
+            rest = torch.cat([torch.arange(start), torch.arange(end, len(images))])
+            detector = self._with_patches(embeddings, rest, number) if len(rest) else self.detector
+            for batch in images[start:end].split(self.batch_size):
+                prediction = detector.predict(batch)
+                assert prediction.maps is not None  # of a memory bank there are always maps
+                scores.append(prediction.scores)
+                maps.append(MapStatistics.of([prediction.maps]))
+        assert stored.map_maxima is not None and stored.pixel_floor is not None
+        floors = np.full(len(stored.map_maxima), stored.pixel_floor)
+        return calibrate(
+            stored.method,
+            stored.num_folds + len(folds),
+            np.concatenate([stored.image_scores, *scores]),
+            MapStatistics(
+                np.concatenate([stored.map_maxima, *(m.maxima for m in maps)]),
+                np.concatenate([floors, *(m.means for m in maps)]),
+            ),
+        )
+
+
+def _read_images(job: UpdateJob, detector: AnomalyDetector) -> torch.Tensor:
+    """Return the new images as the model sees them, uint8 [N, 3, S, S].
+
+    Raises:
+        DataError: One cannot be read: a model learns all images that were named, or none.
+    """
+    paths = [file.path for file in find_inputs(job.inputs, None)]
+    pixels = []
+    with ThreadPoolExecutor(available_cpus()) as pool:
+        reading = pool.map(lambda path: _pixels(path, detector), paths)
+        for image in progress(reading, "new images", total=len(paths)):
+            if isinstance(image, DataError):
+                pool.shutdown(cancel_futures=True)
+                raise image
+            pixels.append(image)
+    return torch.stack(pixels)
+
+
+def _pixels(path: Path, detector: AnomalyDetector) -> torch.Tensor | DataError:
+    try:
+        return prepared_image(path, detector, None).pixels
+    except DataError as error:
+        return error
+
+
+def _say_what_was_learned(
+    before: AnomalyDetector, after: AnomalyDetector, num_images: int, num_picked: int, announce: Callable[[str], None]
+) -> None:
+    announce(f"{num_images} images learned, {num_picked} patches added to the memory bank")
+    old, new = before.calibration_, after.calibration_
+    if old is None or new is None:
+        announce("the model has no thresholds, and none were learned: it was stored without calibration")
+    else:
+        announce(f"image threshold {old.image.threshold:.5g} before, {new.image.threshold:.5g} now")
+
+
+def _keep(model: Path) -> Path:
+    """Copy a model folder to where it is kept, and return that place."""
+    model = model.resolve()
+    folder = model.parent / KEPT_FOLDER
+    numbered = (folder / f"{model.name}-{number}" for number in itertools.count(1))
+    kept = next(path for path in numbered if not path.exists())
+
+    def fill(temporary: Path) -> None:
+        shutil.copytree(model, temporary, dirs_exist_ok=True)
+
+    write_folder(kept, fill)
+    return kept
