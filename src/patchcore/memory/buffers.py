@@ -80,6 +80,6 @@ def _mapped_file(num_bytes: int, folder: Path) -> mmap.mmap:
 
 def _no_room(num_bytes: int, free: int, folder: Path) -> DataError:
     return DataError(
-        f"features above --memory_budget need a file of {num_bytes / 1e9:.2f} GB, found {free / 1e9:.2f} GB free for "
-        f"files in {str(folder)!r}: free some space there, write the results to a larger disk, or raise the budget"
+        f"features above --memory_budget need a file of {num_bytes / 1e6:.0f} MB, found {free / 1e6:.0f} MB free "
+        f"for it in {str(folder)!r}: free some space there, write the results to a larger disk, or raise the budget"
     )
