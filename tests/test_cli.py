@@ -45,8 +45,8 @@ OPTIONS = {  # of the issue
     "--validation_data --log_online --tensorboard",
     "patch_core": "-b --backbone_names -le --layers_to_extract_from --pretrain_embed_dimension "
     "--target_embed_dimension --preprocessing --aggregation --anomaly_scorer_num_nn --patchsize --patchscore "
-    "--patchoverlap -pa --patchsize_aggregate --faiss_on_gpu --faiss_num_workers --precision --weights --embedding "
-    "--normalization --score_reweighting --score_normalization",
+    "--patchoverlap -pa --patchsize_aggregate --faiss_on_gpu --faiss_num_workers --precision --memory_budget --weights "
+    "--embedding --normalization --score_reweighting --score_normalization",
     "sampler": "-p --percentage",
     "dataset": "-d --subdatasets --train_val_split --batch_size --num_workers --resize --imagesize --augment "
     "--resize_mode --limit_train --limit_test",
@@ -78,6 +78,7 @@ def test_left_out_options_give_the_published_configuration(captured: list[tuple[
     assert (dataset.name, dataset.path, dataset.categories, dataset.batch_size) == ("mpdd", "data", (), 2)
     assert (dataset.preprocessing.resize_px, dataset.preprocessing.imagesize_px) == (256, 224)
     assert (run.runtime.faiss_on_gpu, run.runtime.faiss_num_workers) == (False, None)
+    assert run.runtime.memory_budget_bytes is None
 
 
 def test_every_typed_value_arrives(captured: list[tuple[Any, ...]]) -> None:

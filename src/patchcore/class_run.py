@@ -163,6 +163,7 @@ def _training_plan(
         held_out=_loader(task, held_out) if len(held_out) else None,
         resume_from=_interrupted(path, category) if path.exists() else None,
         after_epoch=after_epoch if every != EpochConfig(None, None) else None,
+        scratch_folder=task.folder,
     )
 
 

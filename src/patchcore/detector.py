@@ -57,17 +57,19 @@ AfterEpoch = Callable[[int, Callable[[], dict[str, Any]]], None]
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """What a run adds to a training in epochs; methods without epochs do not look at it.
+    """What a run adds to a training; methods without epochs look at the folder alone.
 
     Attributes:
         held_out: Normal images that are kept from the gradients.
         resume_from: State of an interrupted training of the same configuration and images.
         after_epoch: Called after each epoch; the detector predicts then.
+        scratch_folder: Where large arrays lie during the training, in files without a name; None: that of `tempfile`.
     """
 
     held_out: ImageBatches | None = None
     resume_from: Mapping[str, Any] | None = None
     after_epoch: AfterEpoch | None = None
+    scratch_folder: Path | None = None
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from patchcore.cli.backbones import typed_backbones
+from patchcore.cli.byte_size import ByteSize
 from patchcore.cli.commands import (
     SKIP_EXISTING_OPTION,
     STORED_OPTIONS,
@@ -151,6 +152,13 @@ MACHINE_OPTIONS = (
     ),
     *MACHINE_OPTIONS,
     click.option(
+        "--memory_budget",
+        "memory_budget_bytes",
+        type=ByteSize(),
+        default=None,
+        help="Training features above it, such as 1GB, lie in files in the run folder; slower, same results.",
+    ),
+    click.option(
         "--weights", multiple=True, help="pretrained (default), random or a path; one for all -b or one each."
     ),
     click.option("--embedding", type=click.Choice(EMBEDDINGS), default="pooled", show_default=True, help="Embedding."),
@@ -186,6 +194,7 @@ def patch_core_step(
     faiss_on_gpu: bool,
     faiss_num_workers: int | None,
     precision: str,
+    memory_budget_bytes: int | None,
     weights: tuple[str, ...],
     embedding: str,
     normalization: str,
@@ -211,7 +220,12 @@ def patch_core_step(
         )
         for backbone, seed in typed_backbones(backbones, layers, weights, normalization)
     )
-    machine = {"faiss_on_gpu": faiss_on_gpu, "faiss_num_workers": faiss_num_workers, "precision": precision}
+    machine = {
+        "faiss_on_gpu": faiss_on_gpu,
+        "faiss_num_workers": faiss_num_workers,
+        "precision": precision,
+        "memory_budget_bytes": memory_budget_bytes,
+    }
     return "patch_core", (members, score_normalization, machine)
 
 

@@ -10,18 +10,17 @@ from __future__ import annotations
 import difflib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import torch
 
 from patchcore.errors import ConfigurationError, DataError
+from patchcore.memory.points import PROJECTION_DIM, Points, check_finite, project_features, squared_norms
 from patchcore.runtime import progress
 
-PROJECTION_DIM = 128  # as in the original repository
 NUM_STARTING_POINTS = 10  # as in the original repository
 BLOCK_SIZE = 512  # candidates per pass: with fewer there are more passes, with more each pick costs more
-CHUNK_ELEMENTS = 2**19  # numbers worked on at once: temporaries of a few MB for any number of points
 DEFAULT_PERCENTAGE = 0.1
 
 
@@ -45,15 +44,16 @@ class Sampler(ABC):
         return self.select_reduced(self.reduce(features, generator), generator)
 
     @torch.no_grad()
-    def reduce(self, features: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    def reduce(self, features: torch.Tensor, generator: torch.Generator, out: torch.Tensor | None = None) -> Points:
         """Return the points that `select_reduced` chooses from, so that several selections share this work.
 
         Args:
             features: Patch embeddings [N, D] float32, finite, on any device, N >= 1.
             generator: Source of all randomness, on the CPU.
+            out: [N, projection_dim(D)] float32, where a projection goes; None for a new one.
 
         Returns:
-            Points [N, R] float32 on the device of `features`; the features themselves unless the sampler needs less.
+            Points [N, R] on the device of `features`; they read the features themselves unless there is a projection.
 
         Raises:
             DataError: There are no features, or some are not finite.
@@ -63,35 +63,39 @@ class Sampler(ABC):
                 f"found features of shape {list(features.shape)}, expected [N, D] with at least one row: "
                 "check that the class has training images"
             )
-        _check_finite(features)
-        return self._reduce(features, generator)
+        return self._reduce(features, generator, out)
 
-    def _reduce(self, features: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    def projection_dim(self, dim: int) -> int:
+        """Return how many numbers `reduce` stores for each feature of `dim` numbers: 0 without a projection."""
+        return 0
+
+    def _reduce(self, features: torch.Tensor, generator: torch.Generator, out: torch.Tensor | None) -> Points:
         """Return the points to choose from: the features themselves unless a sampler needs less."""
-        return features
+        check_finite(features)
+        return Points(features)
 
     @torch.no_grad()
-    def select_reduced(self, points: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """Pick rows of what `reduce` returned, or of a subset of its rows.
+    def select_reduced(self, points: Points, generator: torch.Generator) -> torch.Tensor:
+        """Pick some of the points that `reduce` returned, or of a subset of them.
 
         Args:
-            points: [N, R] float32, on any device, N >= 1.
+            points: [N, R], on any device, N >= 1.
             generator: Source of all randomness, on the CPU.
 
         Returns:
-            Distinct row numbers [M] int64 on the device of `points`, in order of selection.
+            Distinct numbers [M] int64 of points, on their device, in order of selection.
         """
         return self._select(points, generator).to(points.device)
 
     @abstractmethod
-    def _select(self, points: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """Pick rows of points that are known to be valid."""
+    def _select(self, points: Points, generator: torch.Generator) -> torch.Tensor:
+        """Pick some of the points, which are known to be valid."""
 
 
 class IdentitySampler(Sampler):
     """Keeps every row."""
 
-    def _select(self, points: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    def _select(self, points: Points, generator: torch.Generator) -> torch.Tensor:
         return torch.arange(len(points))
 
 
@@ -113,7 +117,7 @@ class SubsetSampler(Sampler):
 class RandomSampler(SubsetSampler):
     """Keeps a uniformly drawn share of the rows."""
 
-    def _select(self, points: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    def _select(self, points: Points, generator: torch.Generator) -> torch.Tensor:
         num_select = num_selected(len(points), self.percentage)
         return torch.randperm(len(points), generator=generator)[:num_select]
 
@@ -125,17 +129,20 @@ class GreedyCoresetSampler(SubsetSampler):
     row of the full distance matrix has the largest norm; here that norm is computed without the matrix.
     """
 
-    def _reduce(self, features: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        return project_features(features, generator)
+    def projection_dim(self, dim: int) -> int:
+        return PROJECTION_DIM if dim > PROJECTION_DIM else 0
 
-    def _select(self, points: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    def _reduce(self, features: torch.Tensor, generator: torch.Generator, out: torch.Tensor | None) -> Points:
+        return project_features(features, generator, out)
+
+    def _select(self, points: Points, generator: torch.Generator) -> torch.Tensor:
         return greedy_selection(
             points,
             self._initial_squared_distances(points, generator),
             num_selected(len(points), self.percentage),
         )
 
-    def _initial_squared_distances(self, points: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    def _initial_squared_distances(self, points: Points, generator: torch.Generator) -> torch.Tensor:
         """Return [N]: how far each point counts as being from the selection before the first pick."""
         return _sums_of_squared_distances(points)
 
@@ -147,44 +154,15 @@ class ApproximateGreedyCoresetSampler(GreedyCoresetSampler):
     its mean distance to the random points; these are not in the selection themselves.
     """
 
-    def _initial_squared_distances(self, points: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    def _initial_squared_distances(self, points: Points, generator: torch.Generator) -> torch.Tensor:
         """Return [N]: the squared mean Euclidean distance to the random points."""
         starts = torch.randperm(len(points), generator=generator)[:NUM_STARTING_POINTS]
         return _mean_distances(points, points[starts.to(points.device)]).square()
 
 
 @torch.no_grad()
-def project_features(features: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Centre the features and project them at random to at most 128 dimensions.
-
-    Source: the original repository, a bias-free linear layer as torch initialises it, uniform in
-    +-1/sqrt(D). Two departures. It projects whenever D is not 128; we do so only where that reduces the
-    dimension, since a projection upwards costs time and distorts distances. And it does not centre; distances
-    do not change by it, but float32 keeps more of their digits.
-
-    Args:
-        features: [N, D] float32, finite.
-        generator: Draws the projection, on the CPU.
-
-    Returns:
-        Points [N, min(D, 128)] float32 on the device of `features`.
-    """
-    num_points, dim = features.shape
-    centre = _column_means(features)
-    points = features.new_empty((num_points, min(dim, PROJECTION_DIM)), dtype=torch.float32)
-    if dim <= PROJECTION_DIM:
-        return torch.sub(features, centre, out=points)
-    bound = 1 / math.sqrt(dim)
-    projection = torch.empty(PROJECTION_DIM, dim).uniform_(-bound, bound, generator=generator)
-    projection = projection.T.to(features.device)  # [D, 128]
-    for rows in _row_chunks(num_points, dim):
-        torch.mm(features[rows].float() - centre, projection, out=points[rows])  # [rows, 128]
-    return points
-
-
-@torch.no_grad()
 def greedy_selection(
-    points: torch.Tensor,
+    points: Points | torch.Tensor,
     initial_squared_distances: torch.Tensor,
     num_select: int,
     block_size: int = BLOCK_SIZE,
@@ -202,7 +180,7 @@ def greedy_selection(
     depends on where in the matrix the row stands. Points closer to a tie than that may come in either order.
 
     Args:
-        points: [N, D] float32, finite, centred near the origin.
+        points: [N, D], finite, centred near the origin.
         initial_squared_distances: [N], squared distance of each point to the selection so far, >= 0;
             minus infinity for a point that must not be picked, such as one that is in the selection.
         num_select: How many points to pick, at most the number of points that may be picked.
@@ -215,11 +193,12 @@ def greedy_selection(
         ValueError: More points are asked for than may be picked.
         DataError: The points are so large that their squares overflow float32.
     """
+    points = Points(points) if isinstance(points, torch.Tensor) else points
     distances = initial_squared_distances.to(points.device, torch.float32, copy=True)
     num_pickable = int((distances >= 0).sum())
     if num_select > num_pickable:
         raise ValueError(f"cannot pick {num_select} of {num_pickable} points")
-    squared_norms = _squared_norms(points)
+    norms = squared_norms(points)
     picks = torch.empty(num_select, dtype=torch.int64, device=points.device)
     num_picked = 0
     with progress(None, "coreset", total=num_select) as bar:
@@ -234,7 +213,7 @@ def greedy_selection(
                 min(block, num_select - num_picked),
             )
             picked = candidates[torch.from_numpy(order).to(candidates.device)]
-            _shrink_distances(distances, points, squared_norms, picked)
+            _shrink_distances(distances, points, norms, picked)
             picks[num_picked : num_picked + len(picked)] = picked
             num_picked += len(picked)
             bar.update(len(picked))
@@ -292,90 +271,52 @@ def _select_within_block(
     return np.asarray(order, dtype=np.int64)
 
 
-def _shrink_distances(
-    distances: torch.Tensor, points: torch.Tensor, squared_norms: torch.Tensor, picked: torch.Tensor
-) -> None:
+def _shrink_distances(distances: torch.Tensor, points: Points, norms: torch.Tensor, picked: torch.Tensor) -> None:
     """Lower each point's squared distance to that of the nearest newly picked point, in place."""
     centres = points[picked]  # [P, D]
-    for rows in _row_chunks(len(points), len(picked)):
+    for rows in points.chunks(max(len(picked), points.dim)):  # the product may copy the rows that it is given
         # |x|^2 is the same for all centres, so it is added after the minimum, to P times fewer numbers.
-        partial = torch.addmm(squared_norms[picked], points[rows], centres.T, alpha=-2)  # [rows, P]
-        nearest = partial.amin(dim=1).add_(squared_norms[rows]).clamp_(min=0)  # [rows]
+        partial = torch.addmm(norms[picked], points[rows], centres.T, alpha=-2)  # [rows, P]
+        nearest = partial.amin(dim=1).add_(norms[rows]).clamp_(min=0)  # [rows]
         torch.minimum(distances[rows], nearest, out=distances[rows])
     distances[picked] = -math.inf
 
 
 def _pairwise_squared_distances(points: torch.Tensor) -> torch.Tensor:
     """Return squared Euclidean distances [B, B] between points [B, D]."""
-    squared_norms = points.square().sum(dim=1)
-    products = torch.addmm(squared_norms, points, points.T, alpha=-2)
-    return products.add_(squared_norms[:, None]).clamp_(min=0)
+    norms = points.square().sum(dim=1)
+    products = torch.addmm(norms, points, points.T, alpha=-2)
+    return products.add_(norms[:, None]).clamp_(min=0)
 
 
-def _mean_distances(points: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
+def _mean_distances(points: Points, references: torch.Tensor) -> torch.Tensor:
     """Return the mean Euclidean distance [N] of points [N, D] to references [R, D]."""
-    means = points.new_empty(len(points))
-    for rows in _row_chunks(*points.shape):
+    means = torch.empty(len(points), device=points.device)
+    for rows in points.chunks(points.dim):
         # The exact mode: the start decides the first pick, and there are few references.
         distances = torch.cdist(points[rows], references, compute_mode="donot_use_mm_for_euclid_dist")
         means[rows] = distances.mean(dim=1)
     return means
 
 
-def _sums_of_squared_distances(points: torch.Tensor) -> torch.Tensor:
+def _sums_of_squared_distances(points: Points) -> torch.Tensor:
     """Return the sum of squared distances [N] of each point to all points, in O(N D).
 
     sum_y |x - y|^2 = N |x|^2 + sum_y |y|^2 - 2 x . sum_y y. Computed in float64 because the terms cancel, and
     on the CPU because not every device has float64.
     """
     num_points = len(points)
-    total = torch.zeros(points.shape[1], dtype=torch.float64)
-    squared_norms = torch.empty(num_points, dtype=torch.float64)
+    total = torch.zeros(points.dim, dtype=torch.float64)
+    norms = torch.empty(num_points, dtype=torch.float64)
     products = torch.empty(num_points, dtype=torch.float64)
-    for rows in _row_chunks(*points.shape):
+    for rows in points.chunks(points.dim):
         chunk = points[rows].cpu().double()
         total += chunk.sum(dim=0)
-        squared_norms[rows] = chunk.square().sum(dim=1)
-    for rows in _row_chunks(*points.shape):
+        norms[rows] = chunk.square().sum(dim=1)
+    for rows in points.chunks(points.dim):
         products[rows] = points[rows].cpu().double() @ total
-    sums = num_points * squared_norms + squared_norms.sum() - 2 * products
+    sums = num_points * norms + norms.sum() - 2 * products
     return sums.clamp_(min=0)
-
-
-def _squared_norms(points: torch.Tensor) -> torch.Tensor:
-    """Return the squared norm [N] of each row, refusing those that float32 cannot hold."""
-    squared_norms = points.new_empty(len(points))
-    for rows in _row_chunks(*points.shape):
-        squared_norms[rows] = points[rows].square().sum(dim=1)
-    if not math.isfinite(float(squared_norms.max()) * 4):  # |x - y|^2 <= 2 |x|^2 + 2 |y|^2
-        raise DataError("features overflow float32 when squared, expected values below 1e18: check the backbone")
-    return squared_norms
-
-
-def _column_means(features: torch.Tensor) -> torch.Tensor:
-    """Return the mean [D] float32 of features [N, D], accumulated over chunks in float64."""
-    total = torch.zeros(features.shape[1], dtype=torch.float64)
-    for rows in _row_chunks(*features.shape):
-        total += features[rows].float().sum(dim=0).cpu().double()
-    return (total / len(features)).float().to(features.device)
-
-
-def _check_finite(features: torch.Tensor) -> None:
-    """Raise DataError where a feature is infinite or not a number."""
-    for rows in _row_chunks(*features.shape):
-        extremes = torch.stack(features[rows].aminmax())  # one pass; a NaN anywhere becomes both extremes
-        if not bool(extremes.isfinite().all()):
-            raise DataError(
-                "found infinite or NaN features, expected finite numbers: check the weights of the backbone "
-                "and the training images"
-            )
-
-
-def _row_chunks(num_rows: int, row_elements: int) -> Iterator[slice]:
-    """Yield slices that cover all rows, short enough for temporaries of `row_elements` numbers a row."""
-    rows_per_chunk = max(1, CHUNK_ELEMENTS // row_elements)
-    for start in range(0, num_rows, rows_per_chunk):
-        yield slice(start, min(start + rows_per_chunk, num_rows))
 
 
 def num_selected(num_points: int, percentage: float) -> int:

@@ -38,14 +38,15 @@ from patchcore.detector import (
 )
 from patchcore.errors import ConfigurationError, DataError
 from patchcore.features.extractor import FeatureExtractor, build_extractor
+from patchcore.memory.buffers import Buffers
 from patchcore.methods.patchcore import (
     IMAGES_PER_SEARCH,
     PatchCore,
     PatchEmbedder,
     PatchScores,
-    embed_images,
     require_search_and_sampler,
 )
+from patchcore.methods.training_features import embed_images
 from patchcore.scoring.anomaly_map import anomaly_maps
 from patchcore.scoring.calibration import NEGLIGIBLE_SPREAD, Calibration, MapStatistics, calibrate, fold_bounds
 
@@ -148,17 +149,18 @@ class Ensemble(AnomalyDetector):
                 "give more images, or --score_normalization minmax"
             )
         out_of_fold: dict[int, PatchScores] = {}
+        buffers = Buffers(self.members[0].runtime.memory_budget_bytes, self.plan.scratch_folder)
         for group in self._groups():
             names = f"{self.source.category}: features of {self.config.members[group[0]].backbone.name}"
-            embedders = list(dict.fromkeys(self.members[i].embedder for i in group))
-            buffers = dict(zip(embedders, embed_images(loader, embedders, names), strict=True))
+            images = embed_images(loader, [self.members[i] for i in group], buffers, names)
             for i in group:
-                member = self.members[i].fit_embeddings(buffers[self.members[i].embedder])
+                member = self.members[i].fit_embeddings(images)
                 if self.can_calibrate:
                     scores = member.out_of_fold_scores("use --score_normalization minmax")
                     assert scores is not None  # two images give two folds
                     out_of_fold[i] = scores
                 member.release_training_data()
+            del images  # before those of the next backbone are made
         self._out_of_fold = [out_of_fold[i] for i in sorted(out_of_fold)]
         self.scales_ = [MemberScale.of(scores.patches) for scores in self._out_of_fold]
         return self

@@ -5,7 +5,7 @@ Source: Roth et al., "Towards Total Recall in Industrial Anomaly Detection", CVP
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -27,8 +27,10 @@ from patchcore.detector import (
 from patchcore.errors import ConfigurationError, DataError
 from patchcore.features.extractor import FeatureExtractor, build_extractor
 from patchcore.features.patches import ConcatEmbedding, PooledEmbedding
+from patchcore.memory.buffers import Buffers
 from patchcore.memory.nearest_neighbours import NearestNeighbourScorer, build_nearest_neighbours, require_one_faiss
 from patchcore.memory.sampler import Sampler, build_sampler
+from patchcore.methods.training_features import EmbeddedImages, TrainingFeatures, embed_images, training_features
 from patchcore.runtime import derive_seed, progress
 from patchcore.scoring.anomaly_map import anomaly_maps, image_scores, patches_inside
 from patchcore.scoring.calibration import Calibration, MapStatistics, calibrate, fold_bounds
@@ -47,19 +49,6 @@ class PatchScores:
 
     images: torch.Tensor
     patches: torch.Tensor
-
-
-@dataclass
-class _TrainingData:
-    """What calibration needs of the training images.
-
-    Attributes:
-        embeddings: float32 [N, P, D], P patches per image.
-        points: [N * P, R], what the sampler selects from.
-    """
-
-    embeddings: torch.Tensor
-    points: torch.Tensor
 
 
 class PatchEmbedder:
@@ -99,34 +88,6 @@ class PatchEmbedder:
     def __call__(self, feature_maps: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Return the patch embeddings float32 [B, P, D] of what the extractor gave for a batch."""
         return self.embedding([feature_maps[layer] for layer in self.layers]).flatten(1, 2)  # [B, P, D]
-
-
-def embed_images(loader: ImageBatches, embedders: Sequence[PatchEmbedder], description: str) -> list[torch.Tensor]:
-    """Compute the patch embeddings of all images, in one buffer on the CPU for each embedder.
-
-    Args:
-        loader: Batches of images.
-        embedders: They share one extractor, whose forward pass runs once.
-        description: What is going on, for the progress bar.
-
-    Returns:
-        float32 [N, P, D] for each embedder.
-
-    Raises:
-        DataError: There are no images.
-    """
-    if loader.num_images == 0:
-        raise DataError("no training images, expected at least one")
-    extractor = embedders[0].extractor
-    buffers = [torch.empty(loader.num_images, e.grid[0] * e.grid[1], e.dimension) for e in embedders]
-    start = 0
-    for batch in progress(loader, description, total=len(loader)):
-        feature_maps = extractor(batch["image"])
-        for embedder, buffer in zip(embedders, buffers, strict=True):
-            part = embedder(feature_maps)
-            buffer[start : start + len(part)] = part
-        start += len(part)
-    return buffers
 
 
 def require_search_and_sampler(config: PatchCoreConfig) -> None:
@@ -171,7 +132,7 @@ class PatchCore(AnomalyDetector):
         self.device = embedder.extractor.mean.device
         self.sampler: Sampler = build_sampler(config.sampler.name, config.sampler.percentage)
         self._scorer: NearestNeighbourScorer | None = None
-        self._training: _TrainingData | None = None
+        self._training: TrainingFeatures | None = None
 
     @classmethod
     def prepare(
@@ -195,14 +156,14 @@ class PatchCore(AnomalyDetector):
         Raises:
             DataError: There are no images, or fewer patches are kept than neighbours are asked for.
         """
-        return self.fit_embeddings(*embed_images(loader, [self.embedder], f"{self.source.category}: features"))
+        buffers = Buffers(self.runtime.memory_budget_bytes, self.plan.scratch_folder)
+        return self.fit_embeddings(embed_images(loader, [self], buffers, f"{self.source.category}: features"))
 
-    def fit_embeddings(self, embeddings: torch.Tensor) -> PatchCore:
-        """Fill the memory bank with a coreset of patch embeddings float32 [N, P, D], as `fit` does from images."""
-        points = self.sampler.reduce(embeddings.flatten(0, 1), self._generator("coreset"))
-        chosen = self.sampler.select_reduced(points, self._generator("selection"))
-        self._set_bank(embeddings.flatten(0, 1)[chosen])
-        self._training = _TrainingData(embeddings, points)
+    def fit_embeddings(self, images: EmbeddedImages) -> PatchCore:
+        """Fill the memory bank with a coreset of patch embeddings, as `fit` does from images."""
+        self._training = training_features(images, self, self._generator("coreset"))
+        chosen = self.sampler.select_reduced(self._training.points, self._generator("selection"))
+        self._set_bank(self._training.bank(chosen))
         return self
 
     def _generator(self, *purpose: str | int) -> torch.Generator:
@@ -275,16 +236,15 @@ class PatchCore(AnomalyDetector):
             for chunk in order[start:end].split(IMAGES_PER_SEARCH):
                 part = self._score(embeddings[chunk], scorer)
                 scores.images[chunk], scores.patches[chunk] = part.images, part.patches
+            del bank, scorer  # before the next one is made
         return scores
 
     def _fold_bank(self, images: torch.Tensor, fold: int) -> torch.Tensor:
         """Return the memory bank [M, D] that some of the training images give."""
         assert self._training is not None
-        embeddings, points = self._training.embeddings, self._training.points
-        num_patches = embeddings.shape[1]
-        rest = points.view(len(embeddings), num_patches, -1)[images].flatten(0, 1)
-        chosen = self.sampler.select_reduced(rest, self._generator("fold", fold))
-        return embeddings[images[chosen // num_patches], chosen % num_patches]  # [M, D]
+        patches = self._training.patch_numbers(images)
+        chosen = self.sampler.select_reduced(self._training.points.subset(patches), self._generator("fold", fold))
+        return self._training.bank(patches[chosen])
 
     def release_training_data(self) -> None:
         self._training = None
