@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
 import io
 import json
 import pickle
@@ -32,10 +34,13 @@ from patchcore.datasets.inspection import DatasetSplit, InspectionDataset
 from patchcore.datasets.loader import ImageLoader
 from patchcore.detector import AnomalyDetector
 from patchcore.errors import ConfigurationError
+from patchcore.features.backbones import load_backbone
 from patchcore.memory.nearest_neighbours import FaissNN, TorchNN
 from patchcore.methods.patchcore import PatchCore
 from patchcore.prediction import open_detector
 from patchcore.scoring.calibration import Calibration
+from patchcore.storage.manifest import with_manifest
+from patchcore.storage.model_folder import FORMAT_VERSION, ModelHeader, read_model_tensors, write_model_folder
 
 CPU = torch.device("cpu")
 PREPROCESSING = PreprocessingConfig(IMAGE_PX, IMAGE_PX)
@@ -145,6 +150,23 @@ def test_a_model_without_calibration(trained: PatchCore, tmp_path: Path) -> None
 # ---------------------------------------------------------------- damage
 
 
+def sign(folder: Path) -> None:
+    """Give a changed folder a manifest that fits, as a program would that writes such folders; unreadable ones stay."""
+    path = folder / "model.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        del content["manifest"]
+    except (OSError, ValueError, TypeError, RecursionError):
+        return
+    path.unlink()
+    path.write_text(json.dumps(with_manifest(content, folder)), encoding="utf-8")
+
+
+def test_signing_alone_changes_nothing(folder: Path, trained: PatchCore, images: torch.Tensor) -> None:
+    sign(folder)
+    assert_same(load_detector(folder, CPU, RuntimeConfig(faiss_num_workers=1)), trained, images)
+
+
 def edit(*path: str | int, value: object) -> Callable[[Path], None]:
     """Return what sets one value of model.json, or removes it where `value` is Ellipsis."""
 
@@ -235,12 +257,207 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
 def test_a_damaged_model_is_one_line_before_any_work(case: str, folder: Path, data: Path, tmp_path: Path) -> None:
     damage, words = DAMAGE[case]
     damage(folder)
+    sign(folder)
     done = evaluate(tmp_path / "save", [folder], data)
     assert done.code == 2 and len(done.error_lines) == 1, done.err
     assert words in done.err and str(folder) in done.err
     assert not (tmp_path / "save").exists()
     with pytest.raises(ConfigurationError, match=r"[^\n]+"):
         open_detector(folder, CPU)
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_what_was_not_written_is_refused_by_name(case: str, folder: Path, original: Path) -> None:
+    """Without a manifest that fits, every change is found as such, harmless looking ones too."""
+    DAMAGE[case][0](folder)
+    changed = [p.name for p in sorted(original.iterdir()) if read_or_none(folder / p.name) != p.read_bytes()]
+    with pytest.raises(ConfigurationError) as refused:
+        load_detector(folder, CPU)
+    assert changed and all(name in str(refused.value) for name in changed) and "\n" not in str(refused.value)
+
+
+def read_or_none(path: Path) -> bytes | None:
+    return path.read_bytes() if path.exists() else None
+
+
+def test_every_bit_counts(folder: Path) -> None:
+    """One changed bit anywhere in the tensors, or one changed digit of a threshold."""
+    path = folder / "search_index.safetensors"
+    whole = path.read_bytes()
+    for place in (0, 9, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(ConfigurationError, match=r"search_index.safetensors is not the file that was written"):
+            load_detector(folder, CPU)
+    path.write_bytes(whole)
+    text = (folder / "model.json").read_text(encoding="utf-8")
+    threshold = json.loads(text)["calibration"]["image"]["threshold"]
+    assert repr(threshold) in text
+    (folder / "model.json").write_text(text.replace(repr(threshold), repr(threshold + 1e-9)), encoding="utf-8")
+    with pytest.raises(ConfigurationError, match=r"model.json was edited or damaged"):
+        load_detector(folder, CPU)
+
+
+def test_the_layout_of_model_json_does_not_matter(folder: Path) -> None:
+    content = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+    turned = dict(reversed(content.items()))
+    (folder / "model.json").write_text(json.dumps(turned, indent=7), encoding="utf-8")
+    load_detector(folder, CPU)
+
+
+def test_files_of_another_model_are_refused(folder: Path, trained: PatchCore, tmp_path: Path) -> None:
+    bank = trained.memory_bank_
+    other = tmp_path / "other"
+    try:
+        trained._set_bank(bank + 1)
+        trained.save(other)
+    finally:
+        trained._set_bank(bank)
+    for name in ("search_index.safetensors", "model.json"):
+        mixed = shutil.copytree(folder, tmp_path / f"mixed {name}")
+        shutil.copy(other / name, mixed / name)
+        with pytest.raises(ConfigurationError, match=r"search_index.safetensors is not the file that was written"):
+            load_detector(mixed, CPU)
+
+
+def test_members_that_model_json_does_not_list(folder: Path, original: Path) -> None:
+    shutil.copy(original / "search_index.safetensors", folder / "Ensemble-1-2_search_index.safetensors")
+    with pytest.raises(ConfigurationError, match=r"Ensemble-1-2_search_index.safetensors is not listed in model.json"):
+        load_detector(folder, CPU)
+    (folder / "Ensemble-1-2_search_index.safetensors").unlink()
+    for name in ("notes.txt", "._search_index.safetensors"):  # what users and file systems leave
+        (folder / name).touch()
+    load_detector(folder, CPU)
+
+
+def test_what_the_manifest_says(original: Path, trained: PatchCore) -> None:
+    content = json.loads((original / "model.json").read_text(encoding="utf-8"))
+    file = (original / "search_index.safetensors").read_bytes()
+    entry = {"bytes": len(file), "sha256": hashlib.sha256(file).hexdigest()}
+    assert content["manifest"]["files"] == {"search_index.safetensors": entry}
+    assert content["format_version"] == 2 and content["source"]["category"] == "plate"
+    assert content["libraries"]["torch"] == importlib.metadata.version("torch")
+    assert content["libraries"].keys() >= {"patchcore", "python", "torch", "torchvision", "timm"}
+    (weights,) = content["backbones"]
+    assert weights["name"] == "resnet18" and len(weights["sha256"]) == 64
+    again = load_backbone("resnet18", "random", 0).weights
+    other = load_backbone("resnet18", "random", 1).weights
+    assert again and other and weights["sha256"] == again.sha256 != other.sha256
+    text = (original / "model.json").read_text(encoding="utf-8")
+    assert str(original.parent) not in text
+
+
+def test_older_models_are_read_and_said_to_be_unverified(
+    folder: Path, trained: PatchCore, images: torch.Tensor, data: Path, tmp_path: Path
+) -> None:
+    content = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+    for name in ("manifest", "backbones", "libraries"):
+        del content[name]
+    (folder / "model.json").write_text(json.dumps({**content, "format_version": 1}), encoding="utf-8")
+    done = evaluate(tmp_path / "save", [folder], data)
+    assert done.code == 0
+    assert [line for line in done.error_lines if "not verified" in line and str(folder) in line], done.err
+    assert_same(load_detector(folder, CPU, RuntimeConfig(faiss_num_workers=1)), trained, images)
+
+
+def test_a_folder_is_the_same_wherever_it_lies(
+    original: Path, trained: PatchCore, images: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved = shutil.copytree(original, tmp_path / "a b" / "ünï")
+    monkeypatch.chdir(moved.parent)
+    assert_same(load_detector(Path("ünï"), CPU, RuntimeConfig(faiss_num_workers=1)), trained, images)
+    monkeypatch.chdir(moved)
+    assert_same(load_detector(Path("."), CPU, RuntimeConfig(faiss_num_workers=1)), trained, images)
+
+
+def test_a_faiss_index_is_a_file_of_its_own(tmp_path: Path) -> None:
+    """Its bytes come back under the name that was given, of the model and of a member."""
+    index = torch.arange(256, dtype=torch.uint8)
+    tensors = {"faiss_index": index, "Ensemble-1-2/faiss_index": index.flip(0), "Ensemble-1-2/norms": torch.ones(3)}
+    header = ModelHeader(FORMAT_VERSION, "patchcore", {}, PREPROCESSING, TrainingSource())
+    write_model_folder(tmp_path / "m", header, tensors)
+    files = sorted(p.name for p in (tmp_path / "m").iterdir())
+    assert files == [
+        "Ensemble-1-2_search_index.faiss", "Ensemble-1-2_search_index.safetensors", "model.json", "search_index.faiss"
+    ]  # fmt: skip
+    assert (tmp_path / "m" / "search_index.faiss").read_bytes() == bytes(range(256))
+    found = read_model_tensors(tmp_path / "m")
+    assert found.keys() == tensors.keys() and all(torch.equal(found[name], tensors[name]) for name in tensors)
+    (tmp_path / "m" / "search_index.faiss").write_bytes(bytes(256))
+    with pytest.raises(ConfigurationError, match=r"search_index.faiss is not the file that was written"):
+        read_model_tensors(tmp_path / "m")
+
+
+# ---------------------------------------------------------------- weights of the backbone
+
+
+@pytest.fixture
+def with_file(data: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """A model whose backbone has its weights from a file, and that file."""
+    weights = tmp_path / "weights" / "backbone.safetensors"
+    weights.parent.mkdir()
+    save_file(load_backbone("efficientnet_lite0", "random", 5).module.state_dict(), weights)
+    backbone = BackboneConfig("efficientnet_lite0", ("blocks.1",), weights=str(weights))
+    config = PatchCoreConfig(backbone, SamplerConfig("random", 0.1), num_nn=1, target_embed_dimension=64)
+    model = PatchCore.prepare(config, PREPROCESSING, RuntimeConfig())(TrainingSource("mpdd", "plate", 4), CPU)
+    model.fit(ImageLoader(InspectionDataset(data, "plate", preprocessing=PREPROCESSING), 2))
+    model.save(tmp_path / "model")
+    return tmp_path / "model", weights
+
+
+def test_other_weights_under_the_same_path_are_refused(with_file: tuple[Path, Path]) -> None:
+    model, weights = with_file
+    load_detector(model, CPU)
+    state = load_file(weights)
+    changed = {**state, "conv_stem.weight": state["conv_stem.weight"] * 1.001}
+    save_file(changed, weights)
+    with pytest.raises(
+        ConfigurationError, match=r"backbone 'efficientnet_lite0' has weights of sha256 [0-9a-f]{16}, it"
+    ):
+        load_detector(model, CPU)
+    # Without the head, and in another order, it is the same network.
+    save_file({k: v for k, v in reversed(state.items()) if not k.startswith("classifier")}, weights)
+    load_detector(model, CPU)
+
+
+def test_weights_that_were_moved_are_named_anew(
+    with_file: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, weights = with_file
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    moved = weights.rename(elsewhere / weights.name)
+    with pytest.raises(
+        ConfigurationError, match=r"not at '.*backbone.safetensors' any more: set the .*PATCHCORE_WEIGHTS"
+    ):
+        load_detector(model, CPU)
+    monkeypatch.setenv("PATCHCORE_WEIGHTS", str(tmp_path / "nowhere"))
+    with pytest.raises(ConfigurationError, match=r"nor in PATCHCORE_WEIGHTS='.*nowhere'"):
+        load_detector(model, CPU)
+    for value in (elsewhere, moved, f"{tmp_path / 'nowhere'}:{elsewhere}"):
+        monkeypatch.setenv("PATCHCORE_WEIGHTS", str(value))
+        load_detector(model, CPU)
+    renamed = moved.rename(elsewhere / "other name.safetensors")
+    monkeypatch.setenv("PATCHCORE_WEIGHTS", str(renamed))
+    load_detector(model, CPU)
+    save_file({k: v + 1 if v.is_floating_point() else v for k, v in load_file(renamed).items()}, renamed)
+    with pytest.raises(ConfigurationError, match=r"has weights of sha256"):
+        load_detector(model, CPU)
+
+
+def test_an_export_vouches_for_itself(trained: PatchCore, original: Path, tmp_path: Path) -> None:
+    export = tmp_path / "model.pth"
+    export.write_bytes(trained.torch_export())
+    load_detector(export, CPU)
+    content = torch.load(export, weights_only=True)
+    content["model"]["calibration"]["image"]["threshold"] += 1e-9
+    torch.save(content, export)
+    with pytest.raises(ConfigurationError, match=r"model.pth' was edited or damaged after it was written"):
+        load_detector(export, CPU)
+    content = torch.load(io.BytesIO(trained.torch_export()), weights_only=True)
+    content["state_dict"]["memory_bank"][3, 5] += 1
+    torch.save(content, export)
+    with pytest.raises(ConfigurationError, match=r"model.pth' was edited or damaged after it was written"):
+        load_detector(export, CPU)
 
 
 def evaluate(out: Path, models: list[Path], data: Path, *categories: str) -> Finished:
@@ -265,6 +482,7 @@ def test_a_path_that_is_no_model(data: Path, tmp_path: Path) -> None:
 
 def test_models_without_a_class_are_matched_by_order(folder: Path, data: Path, tmp_path: Path) -> None:
     edit("source", "category", value="")(folder)
+    sign(folder)
     done = evaluate(tmp_path / "save", [folder], data)
     assert done.code == 2 and "stores no class" in done.err
     assert evaluate(tmp_path / "save", [folder], data, "plate").code == 0
@@ -275,8 +493,10 @@ def test_two_models_of_one_class_or_of_two_sizes(folder: Path, original: Path, d
     assert done.code == 2 and "both of 'plate'" in done.err
     edit("source", "category", value="rod")(folder)
     edit("preprocessing", "resize_px", value=80)(folder)
+    sign(folder)
     done = evaluate(tmp_path / "save", [folder, original], data)
     assert done.code == 2 and "different resize or crop" in done.err
     edit("preprocessing", "resize_px", value=IMAGE_PX)(folder)
+    sign(folder)
     done = evaluate(tmp_path / "save", [folder, original], data)
     assert done.code == 2 and "class 'rod' not found" in done.err and "found plate" in done.err

@@ -15,9 +15,10 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import numpy as np
 import torch
 
-from patchcore.configs import PreprocessingConfig, RuntimeConfig, TrainingSource
+from patchcore.configs import BackboneWeights, PreprocessingConfig, RuntimeConfig, TrainingSource
 from patchcore.errors import ConfigurationError
 from patchcore.scoring.calibration import Calibration
+from patchcore.storage.manifest import library_versions
 from patchcore.storage.model_folder import FORMAT_VERSION, ModelHeader, write_model_folder
 from patchcore.storage.torch_export import torch_export_bytes
 
@@ -156,6 +157,10 @@ class AnomalyDetector(ABC):
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return what was learned, by name."""
 
+    def backbones(self) -> tuple[BackboneWeights, ...]:
+        """Return which weights its frozen networks have; methods without one return nothing."""
+        return ()
+
     @classmethod
     @abstractmethod
     def prepare(cls, config: Any, preprocessing: PreprocessingConfig, runtime: RuntimeConfig) -> DetectorBuilder:
@@ -214,7 +219,14 @@ class AnomalyDetector(ABC):
 
     def _header(self) -> ModelHeader:
         return ModelHeader(
-            FORMAT_VERSION, self.method, self.configuration(), self.preprocessing, self.source, self.calibration_
+            FORMAT_VERSION,
+            self.method,
+            self.configuration(),
+            self.preprocessing,
+            self.source,
+            self.calibration_,
+            self.backbones(),
+            library_versions(),
         )
 
 

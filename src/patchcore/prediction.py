@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,12 @@ from patchcore.configs import RuntimeConfig, require_choice
 from patchcore.datasets.images import Placement
 from patchcore.detector import DETECTORS, AnomalyDetector, DetectorBuilder
 from patchcore.errors import ConfigurationError, DataError
-from patchcore.storage.model_folder import ModelHeader, read_model_header, read_model_tensors
+from patchcore.storage.legacy import is_original_folder, read_original_header, read_original_tensors
+from patchcore.storage.model_folder import ModelHeader, is_verified, read_model_header, read_model_tensors
+from patchcore.storage.moved_weights import WEIGHTS_VARIABLE, with_moved_weights
 from patchcore.storage.torch_export import read_torch_file
+
+LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,7 @@ class StoredModel:
             ConfigurationError: The tensors are missing, damaged or do not fit the configuration.
         """
         detector = self.builder(self.header.source, device)
+        require_same_weights(self.header, detector, str(self.folder))
         try:
             detector.restore(read_tensors(self.folder))
         except (ConfigurationError, DataError) as error:
@@ -52,11 +59,13 @@ class StoredModel:
         return detector
 
 
-def read_header(path: Path) -> ModelHeader | None:
+def read_header(path: Path, typed: Mapping[str, Any] | None = None) -> ModelHeader | None:
     """Read what a stored model says of itself; None for a bare state dict.
 
     Args:
-        path: A model folder, or a file of `torch.save`.
+        path: A model folder, one of the original PatchCore, or a file of `torch.save`.
+        typed: What was typed of the preprocessing, by the names of PreprocessingConfig: folders of the original store
+            the size of the crop alone.
 
     Raises:
         ConfigurationError: It is missing or damaged.
@@ -66,12 +75,36 @@ def read_header(path: Path) -> ModelHeader | None:
             f"model {str(path)!r} not found, expected a model folder (models/<data set>_<class> of a run) or a file of "
             "torch.save"
         )
-    return read_torch_file(path).header if path.is_file() else read_model_header(path)
+    if path.is_file():
+        return read_torch_file(path).header
+    return read_original_header(path, typed) if is_original_folder(path) else read_model_header(path)
+
+
+def warn_unverified(headers: Mapping[Path, ModelHeader | None]) -> None:
+    """Say in one line which models have no digests, so that nothing tells whether they are as they were written."""
+    unverified = [str(path) for path, header in headers.items() if header is not None and not is_verified(header)]
+    if unverified:
+        LOGGER.warning("not verified, written before models had digests: %s", ", ".join(unverified))
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """Read what a model learned, from its folder or a file of `torch.save`."""
-    return read_torch_file(path).tensors if path.is_file() else read_model_tensors(path)
+    if path.is_file():
+        return read_torch_file(path).tensors
+    return read_original_tensors(path) if is_original_folder(path) else read_model_tensors(path)
+
+
+def require_same_weights(header: ModelHeader, detector: AnomalyDetector, where: str) -> None:
+    """Raise ConfigurationError if a backbone came out with other weights than those that the model was trained with."""
+    found = {weights.name: weights.sha256 for weights in detector.backbones()}
+    for trained in header.backbones:
+        if trained not in detector.backbones():
+            libraries = ", ".join(f"{name} {header.libraries.get(name)}" for name in ("torch", "torchvision", "timm"))
+            raise ConfigurationError(
+                f"model {where!r}: backbone {trained.name!r} has weights of sha256 "
+                f"{found.get(trained.name, 'none')[:16]}, it was trained with {trained.sha256[:16]} ({libraries}): "
+                f"give it the weights back ({WEIGHTS_VARIABLE} names a file or its folder), or train it anew"
+            )
 
 
 def stored_config(header: ModelHeader, where: str) -> Any:
@@ -102,7 +135,7 @@ def prepare_stored(header: ModelHeader, where: str, runtime: RuntimeConfig) -> D
     Raises:
         ConfigurationError: The method is unknown, or the configuration names something that is not there.
     """
-    config = stored_config(header, where)
+    config = stored_config(replace(header, config=with_moved_weights(header.config, where)), where)
     try:
         return DETECTORS[header.method].prepare(config, header.preprocessing, runtime)
     except ConfigurationError as error:
@@ -125,6 +158,7 @@ def open_detector(path: Path, device: torch.device, runtime: RuntimeConfig | Non
         raise ConfigurationError(
             f"{str(path)!r} is a bare state dict, which does not say what it belongs to: give the model folder"
         )
+    warn_unverified({path: header})
     builder = prepare_stored(header, str(path), runtime or RuntimeConfig())
     return StoredModel(path, header, builder).restore(device)
 

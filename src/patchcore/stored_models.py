@@ -24,7 +24,7 @@ from patchcore.configs import (
 from patchcore.configs.typed import ANY_VALUE, TypedSetting, shown_value
 from patchcore.detector import DetectorBuilder
 from patchcore.errors import ConfigurationError
-from patchcore.prediction import StoredModel, prepare_stored, read_header, stored_config
+from patchcore.prediction import StoredModel, prepare_stored, read_header, stored_config, warn_unverified
 from patchcore.runtime import progress
 from patchcore.storage.model_folder import FORMAT_VERSION, ModelHeader
 
@@ -91,8 +91,9 @@ def match_models(
 def _read_headers(paths: Sequence[Path], typed: TypedModel, categories: Sequence[str]) -> dict[Path, ModelHeader]:
     """Read what each model says of itself; what was typed describes a bare state dict, of the class at its place."""
     headers: dict[Path, ModelHeader] = {}
+    preprocessing = {s.path[1]: s.value for s in typed.settings if s.path[0] == "preprocessing"}
     for position, path in enumerate(paths):
-        header = read_header(path)
+        header = read_header(path, preprocessing)
         if header is None:
             if typed.describe is None or position >= len(categories):
                 missing = "the options of its model, such as --backbone" if typed.describe is None else "its class (-d)"
@@ -101,6 +102,7 @@ def _read_headers(paths: Sequence[Path], typed: TypedModel, categories: Sequence
                 )
             header = typed.describe(categories[position])
         headers[path] = header
+    warn_unverified(headers)
     return headers
 
 

@@ -3,7 +3,7 @@
 A configuration is complete and valid once it is constructed.
 """
 
-from patchcore.configs.backbone import NORMALIZATIONS, BackboneConfig
+from patchcore.configs.backbone import NORMALIZATIONS, BackboneConfig, BackboneWeights
 from patchcore.configs.baselines import AutoencoderConfig, FeatureAutoencoderConfig, ResNetKNNConfig
 from patchcore.configs.checks import (
     MAX_LIST_LENGTH,
@@ -72,6 +72,7 @@ __all__ = [
     "THRESHOLD_RULES",
     "AutoencoderConfig",
     "BackboneConfig",
+    "BackboneWeights",
     "DatasetConfig",
     "DemoConfig",
     "EnsembleConfig",

@@ -11,6 +11,19 @@ NORMALIZATIONS = ("imagenet", "backbone")
 
 
 @dataclass(frozen=True)
+class BackboneWeights:
+    """Which weights a frozen network came out with.
+
+    Attributes:
+        name: Name in the table of backbones.
+        sha256: Digest of the tensors that feature maps depend on, as loaded; see `load_backbone`.
+    """
+
+    name: str
+    sha256: str
+
+
+@dataclass(frozen=True)
 class BackboneConfig:
     """A frozen feature extractor.
 

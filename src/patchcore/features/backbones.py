@@ -28,13 +28,17 @@ from timm.models import get_pretrained_cfg_value
 from torch import nn
 from torchvision import models as torchvision_models
 
-from patchcore.configs import near_matches
+from patchcore.configs import BackboneWeights, near_matches
+from patchcore.digests import sha256_of_tensors
 from patchcore.errors import ConfigurationError
 
 LOGGER = logging.getLogger(__name__)
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+HEADS = ("fc.", "classifier.", "head.", "heads.", "head_dist.", "last_linear.")  # where classes are told apart
+BATCH_COUNTER = "num_batches_tracked"  # of batch norms, unused in evaluation
 
 
 # What torch.load and safetensors raise for files that are damaged or were never weights.
@@ -89,6 +93,7 @@ class Backbone:
         mean: Mean that its own training subtracted, RGB in [0, 1].
         std: Standard deviation that its own training divided by.
         good_layers: Layers to begin with.
+        weights: Which weights they are; None for a module that was not made by `load_backbone`.
     """
 
     name: str
@@ -96,6 +101,7 @@ class Backbone:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     good_layers: tuple[str, ...]
+    weights: BackboneWeights | None = None
 
 
 def _torchvision(name: str, *good_layers: str) -> BackboneEntry:
@@ -259,7 +265,22 @@ def load_backbone(name: str, weights: str = "pretrained", seed: int = 0, imagesi
             part.inplace = False  # type: ignore[assignment]  # a layer's output must outlive the step after it
     config = getattr(module, "pretrained_cfg", {})
     mean, std = config.get("mean", IMAGENET_MEAN), config.get("std", IMAGENET_STD)
-    return Backbone(name, module, tuple(mean), tuple(std), entry.good_layers)
+    identity = BackboneWeights(name, sha256_of_tensors(_decisive_tensors(module, entry, imagesize)))
+    return Backbone(name, module, tuple(mean), tuple(std), entry.good_layers, identity)
+
+
+def _decisive_tensors(module: nn.Module, entry: BackboneEntry, imagesize: int | None) -> dict[str, torch.Tensor]:
+    """Return the tensors that tell which weights a network has.
+
+    Left out are those that a file may lack (`load_state`: the classification head and batch counters, on which no
+    feature map depends), and those that were resampled to the image size, whose last digits depend on the machine.
+    """
+    state = {k: v for k, v in module.state_dict().items() if not k.startswith(HEADS) and not k.endswith(BATCH_COUNTER)}
+    if imagesize is None or not entry.made_for_imagesize:
+        return state
+    with torch.device("meta"):
+        own_size = entry.build(False).state_dict()
+    return {k: v for k, v in state.items() if k in own_size and v.shape == own_size[k].shape}
 
 
 def _require_makeable(name: str, entry: BackboneEntry, imagesize: int) -> None:
@@ -368,16 +389,15 @@ def load_state(module: nn.Module, state: dict[str, torch.Tensor], where: str) ->
     """
     own = module.state_dict()
     state = {re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12])\.", r"\1\2.", k): v for k, v in state.items()}
-    heads = ("fc.", "classifier.", "head.", "heads.", "head_dist.", "last_linear.")
-    missing = [k for k in own if k not in state and not k.startswith(heads) and not k.endswith("num_batches_tracked")]
-    unknown = [k for k in state if k not in own and not k.startswith(heads)]
+    missing = [k for k in own if k not in state and not k.startswith(HEADS) and not k.endswith(BATCH_COUNTER)]
+    unknown = [k for k in state if k not in own and not k.startswith(HEADS)]
     if missing or unknown:
         found, expected = (unknown or ["nothing else"])[0], (missing or ["nothing else"])[0]
         raise ConfigurationError(
             f"weights {where!r} do not fit: {len(missing)} tensor(s) missing (first: {expected}), {len(unknown)} "
             f"unknown (first: {found}): give the state dict of this backbone"
         )
-    fitting = {k: v for k, v in state.items() if k in own and (v.shape == own[k].shape or not k.startswith(heads))}
+    fitting = {k: v for k, v in state.items() if k in own and (v.shape == own[k].shape or not k.startswith(HEADS))}
     for key, value in fitting.items():
         if value.shape != own[key].shape:
             shapes = f"{tuple(value.shape)}, expected {tuple(own[key].shape)}"

@@ -54,6 +54,7 @@ class FeatureExtractor(nn.Module):
     def __init__(self, backbone: Backbone, layers: Sequence[str], normalization: str, imagesize: int) -> None:
         super().__init__()
         self.layers = tuple(layers)
+        self.weights = backbone.weights
         self._modules_of = _resolve_layers(backbone.name, backbone.module, layers)
         require_imagesize(backbone.name, backbone.module, imagesize)
         own = (backbone.mean, backbone.std)

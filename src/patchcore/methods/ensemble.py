@@ -19,6 +19,7 @@ import torch
 from patchcore.config_json import config_to_dict
 from patchcore.configs import (
     BackboneConfig,
+    BackboneWeights,
     EnsembleConfig,
     PatchCoreConfig,
     PreprocessingConfig,
@@ -257,6 +258,9 @@ class Ensemble(AnomalyDetector):
         if self.scales_ is None:
             raise NotFittedError("this ensemble has no memory banks: call fit() or load a model folder")
         return self.scales_
+
+    def backbones(self) -> tuple[BackboneWeights, ...]:
+        return tuple(dict.fromkeys(weights for member in self.members for weights in member.backbones()))
 
     def configuration(self) -> dict[str, Any]:
         return config_to_dict(self.config)

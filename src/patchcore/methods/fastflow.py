@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from patchcore.config_json import config_to_dict
 from patchcore.configs import (
+    BackboneWeights,
     FastFlowConfig,
     PreprocessingConfig,
     RuntimeConfig,
@@ -189,6 +190,9 @@ class FastFlow(NetworkDetector["FastFlowNet"]):
         """Return the history, and the model as one file that plain torch reads."""
         export = {f"fastflow_{log_group}_final.pth": self.torch_export}
         return replace(super().training_artifacts(log_group), exports=export)
+
+    def backbones(self) -> tuple[BackboneWeights, ...]:
+        return (self.extractor.weights,) if self.extractor.weights else ()
 
     def configuration(self) -> dict[str, Any]:
         return config_to_dict(self.config)

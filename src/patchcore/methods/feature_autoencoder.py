@@ -18,6 +18,7 @@ from torch import nn
 
 from patchcore.config_json import config_to_dict
 from patchcore.configs import (
+    BackboneWeights,
     FeatureAutoencoderConfig,
     PreprocessingConfig,
     RuntimeConfig,
@@ -269,6 +270,9 @@ class FeatureAutoencoder(NetworkDetector[FeatureAutoencoderNet]):
         errors = network.squared_error(self._feature_maps(images))  # [B, h, w]
         maps = anomaly_maps(errors, self.preprocessing.imagesize_px, self.config.smoothing_px)  # [B, S, S]
         return Prediction(image_scores(maps, self._image_score).cpu().numpy(), maps.cpu().numpy())
+
+    def backbones(self) -> tuple[BackboneWeights, ...]:
+        return (self.extractor.weights,) if self.extractor.weights else ()
 
     def configuration(self) -> dict[str, Any]:
         return config_to_dict(self.config)

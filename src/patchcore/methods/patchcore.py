@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from patchcore.config_json import config_to_dict
-from patchcore.configs import PatchCoreConfig, PreprocessingConfig, RuntimeConfig, TrainingSource
+from patchcore.configs import BackboneWeights, PatchCoreConfig, PreprocessingConfig, RuntimeConfig, TrainingSource
 from patchcore.detector import (
     AnomalyDetector,
     DetectorBuilder,
@@ -306,6 +306,10 @@ class PatchCore(AnomalyDetector):
     def _maps(self, patch_scores: torch.Tensor) -> np.ndarray:
         """Return the anomaly maps [B, S, S] of patch scores [B, h, w]."""
         return anomaly_maps(patch_scores, self.preprocessing.imagesize_px).numpy()
+
+    def backbones(self) -> tuple[BackboneWeights, ...]:
+        weights = self.embedder.extractor.weights
+        return (weights,) if weights else ()
 
     def configuration(self) -> dict[str, Any]:
         return config_to_dict(self.config)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from patchcore.config_json import config_to_dict
-from patchcore.configs import PreprocessingConfig, ResNetKNNConfig, RuntimeConfig, TrainingSource
+from patchcore.configs import BackboneWeights, PreprocessingConfig, ResNetKNNConfig, RuntimeConfig, TrainingSource
 from patchcore.detector import (
     AnomalyDetector,
     DetectorBuilder,
@@ -176,6 +176,9 @@ class ResNetKNN(AnomalyDetector):
             return None
         scores = leave_one_out_distances(neighbours, bank, clamped(self.config.num_neighbours, len(bank)))
         return calibrate("kfold", len(bank), scores.numpy(), None)
+
+    def backbones(self) -> tuple[BackboneWeights, ...]:
+        return (self.extractor.weights,) if self.extractor.weights else ()
 
     def configuration(self) -> dict[str, Any]:
         return config_to_dict(self.config)

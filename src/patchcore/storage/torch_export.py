@@ -1,6 +1,7 @@
 """A model as one file of `torch.save`, for programs that know torch but not our model folders.
 
-The file is a dictionary of plain values and tensors, so that `torch.load(path, weights_only=True)` reads it.
+The file is a dictionary of plain values and tensors, so that `torch.load(path, weights_only=True)` reads it. It vouches
+for itself, wherever it lies: `sha256` is the digest of the other two parts.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from typing import Any
 import torch
 
 from patchcore.config_json import config_to_dict
+from patchcore.digests import sha256_of_json, sha256_of_tensors
 from patchcore.errors import ConfigurationError
-from patchcore.storage.model_folder import ModelHeader, header_from_mapping
+from patchcore.storage.model_folder import ModelHeader, header_from_mapping, is_verified
 
-HEADER, WEIGHTS = "model", "state_dict"
+HEADER, WEIGHTS, DIGEST = "model", "state_dict", "sha256"
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,12 @@ class TorchFile:
 
 def torch_export_bytes(header: ModelHeader, tensors: Mapping[str, torch.Tensor]) -> bytes:
     """Return the content of an export."""
-    return state_bytes({HEADER: config_to_dict(header), WEIGHTS: {name: t.cpu() for name, t in tensors.items()}})
+    content = {HEADER: config_to_dict(header), WEIGHTS: {name: t.cpu() for name, t in tensors.items()}}
+    return state_bytes({**content, DIGEST: _digest(content)})
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return sha256_of_json([content[HEADER], sha256_of_tensors(content[WEIGHTS])])
 
 
 def state_bytes(state: Mapping[str, Any]) -> bytes:
@@ -71,7 +78,7 @@ def read_torch_file(path: Path) -> TorchFile:
     """Read an export, or a bare state dict.
 
     Raises:
-        ConfigurationError: The file is missing, damaged, or neither of the two.
+        ConfigurationError: The file is missing, damaged, edited, or neither of the two.
     """
     content = read_state(path)
     header = header_from_mapping(content[HEADER], path) if HEADER in content else None
@@ -80,5 +87,10 @@ def read_torch_file(path: Path) -> TorchFile:
         raise ConfigurationError(
             f"{str(path)!r} holds {', '.join(map(str, list(content)[:3])) or 'nothing'}, expected an export of a model "
             "or a dictionary of tensors by name"
+        )
+    if header is not None and is_verified(header) and content.get(DIGEST) != _digest(content):
+        raise ConfigurationError(
+            f"{str(path)!r} was edited or damaged after it was written, its values are not those of its sha256: export "
+            "it anew"
         )
     return TorchFile(header, tensors)
