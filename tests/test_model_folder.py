@@ -164,7 +164,7 @@ def sign(folder: Path) -> None:
 
 def test_signing_alone_changes_nothing(folder: Path, trained: PatchCore, images: torch.Tensor) -> None:
     sign(folder)
-    assert_same(load_detector(folder, CPU, RuntimeConfig(faiss_num_workers=1)), trained, images)
+    assert_same(open_detector(folder, CPU, RuntimeConfig(faiss_num_workers=1)), trained, images)
 
 
 def edit(*path: str | int, value: object) -> Callable[[Path], None]:
@@ -272,7 +272,7 @@ def test_what_was_not_written_is_refused_by_name(case: str, folder: Path, origin
     DAMAGE[case][0](folder)
     changed = [p.name for p in sorted(original.iterdir()) if read_or_none(folder / p.name) != p.read_bytes()]
     with pytest.raises(ConfigurationError) as refused:
-        load_detector(folder, CPU)
+        open_detector(folder, CPU)
     assert changed and all(name in str(refused.value) for name in changed) and "\n" not in str(refused.value)
 
 
@@ -287,21 +287,21 @@ def test_every_bit_counts(folder: Path) -> None:
     for place in (0, 9, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
         with pytest.raises(ConfigurationError, match=r"search_index.safetensors is not the file that was written"):
-            load_detector(folder, CPU)
+            open_detector(folder, CPU)
     path.write_bytes(whole)
     text = (folder / "model.json").read_text(encoding="utf-8")
     threshold = json.loads(text)["calibration"]["image"]["threshold"]
     assert repr(threshold) in text
     (folder / "model.json").write_text(text.replace(repr(threshold), repr(threshold + 1e-9)), encoding="utf-8")
     with pytest.raises(ConfigurationError, match=r"model.json was edited or damaged"):
-        load_detector(folder, CPU)
+        open_detector(folder, CPU)
 
 
 def test_the_layout_of_model_json_does_not_matter(folder: Path) -> None:
     content = json.loads((folder / "model.json").read_text(encoding="utf-8"))
     turned = dict(reversed(content.items()))
     (folder / "model.json").write_text(json.dumps(turned, indent=7), encoding="utf-8")
-    load_detector(folder, CPU)
+    open_detector(folder, CPU)
 
 
 def test_files_of_another_model_are_refused(folder: Path, trained: PatchCore, tmp_path: Path) -> None:
@@ -316,17 +316,17 @@ def test_files_of_another_model_are_refused(folder: Path, trained: PatchCore, tm
         mixed = shutil.copytree(folder, tmp_path / f"mixed {name}")
         shutil.copy(other / name, mixed / name)
         with pytest.raises(ConfigurationError, match=r"search_index.safetensors is not the file that was written"):
-            load_detector(mixed, CPU)
+            open_detector(mixed, CPU)
 
 
 def test_members_that_model_json_does_not_list(folder: Path, original: Path) -> None:
     shutil.copy(original / "search_index.safetensors", folder / "Ensemble-1-2_search_index.safetensors")
     with pytest.raises(ConfigurationError, match=r"Ensemble-1-2_search_index.safetensors is not listed in model.json"):
-        load_detector(folder, CPU)
+        open_detector(folder, CPU)
     (folder / "Ensemble-1-2_search_index.safetensors").unlink()
     for name in ("notes.txt", "._search_index.safetensors"):  # what users and file systems leave
         (folder / name).touch()
-    load_detector(folder, CPU)
+    open_detector(folder, CPU)
 
 
 def test_what_the_manifest_says(original: Path, trained: PatchCore) -> None:
@@ -356,7 +356,7 @@ def test_older_models_are_read_and_said_to_be_unverified(
     done = evaluate(tmp_path / "save", [folder], data)
     assert done.code == 0
     assert [line for line in done.error_lines if "not verified" in line and str(folder) in line], done.err
-    assert_same(load_detector(folder, CPU, RuntimeConfig(faiss_num_workers=1)), trained, images)
+    assert_same(open_detector(folder, CPU, RuntimeConfig(faiss_num_workers=1)), trained, images)
 
 
 def test_a_folder_is_the_same_wherever_it_lies(
@@ -364,9 +364,9 @@ def test_a_folder_is_the_same_wherever_it_lies(
 ) -> None:
     moved = shutil.copytree(original, tmp_path / "a b" / "ünï")
     monkeypatch.chdir(moved.parent)
-    assert_same(load_detector(Path("ünï"), CPU, RuntimeConfig(faiss_num_workers=1)), trained, images)
+    assert_same(open_detector(Path("ünï"), CPU, RuntimeConfig(faiss_num_workers=1)), trained, images)
     monkeypatch.chdir(moved)
-    assert_same(load_detector(Path("."), CPU, RuntimeConfig(faiss_num_workers=1)), trained, images)
+    assert_same(open_detector(Path("."), CPU, RuntimeConfig(faiss_num_workers=1)), trained, images)
 
 
 def test_a_faiss_index_is_a_file_of_its_own(tmp_path: Path) -> None:
@@ -406,17 +406,17 @@ def with_file(data: Path, tmp_path: Path) -> tuple[Path, Path]:
 
 def test_other_weights_under_the_same_path_are_refused(with_file: tuple[Path, Path]) -> None:
     model, weights = with_file
-    load_detector(model, CPU)
+    open_detector(model, CPU)
     state = load_file(weights)
     changed = {**state, "conv_stem.weight": state["conv_stem.weight"] * 1.001}
     save_file(changed, weights)
     with pytest.raises(
         ConfigurationError, match=r"backbone 'efficientnet_lite0' has weights of sha256 [0-9a-f]{16}, it"
     ):
-        load_detector(model, CPU)
+        open_detector(model, CPU)
     # Without the head, and in another order, it is the same network.
     save_file({k: v for k, v in reversed(state.items()) if not k.startswith("classifier")}, weights)
-    load_detector(model, CPU)
+    open_detector(model, CPU)
 
 
 def test_weights_that_were_moved_are_named_anew(
@@ -429,35 +429,35 @@ def test_weights_that_were_moved_are_named_anew(
     with pytest.raises(
         ConfigurationError, match=r"not at '.*backbone.safetensors' any more: set the .*PATCHCORE_WEIGHTS"
     ):
-        load_detector(model, CPU)
+        open_detector(model, CPU)
     monkeypatch.setenv("PATCHCORE_WEIGHTS", str(tmp_path / "nowhere"))
     with pytest.raises(ConfigurationError, match=r"nor in PATCHCORE_WEIGHTS='.*nowhere'"):
-        load_detector(model, CPU)
+        open_detector(model, CPU)
     for value in (elsewhere, moved, f"{tmp_path / 'nowhere'}:{elsewhere}"):
         monkeypatch.setenv("PATCHCORE_WEIGHTS", str(value))
-        load_detector(model, CPU)
+        open_detector(model, CPU)
     renamed = moved.rename(elsewhere / "other name.safetensors")
     monkeypatch.setenv("PATCHCORE_WEIGHTS", str(renamed))
-    load_detector(model, CPU)
+    open_detector(model, CPU)
     save_file({k: v + 1 if v.is_floating_point() else v for k, v in load_file(renamed).items()}, renamed)
     with pytest.raises(ConfigurationError, match=r"has weights of sha256"):
-        load_detector(model, CPU)
+        open_detector(model, CPU)
 
 
 def test_an_export_vouches_for_itself(trained: PatchCore, original: Path, tmp_path: Path) -> None:
     export = tmp_path / "model.pth"
     export.write_bytes(trained.torch_export())
-    load_detector(export, CPU)
+    open_detector(export, CPU)
     content = torch.load(export, weights_only=True)
     content["model"]["calibration"]["image"]["threshold"] += 1e-9
     torch.save(content, export)
     with pytest.raises(ConfigurationError, match=r"model.pth' was edited or damaged after it was written"):
-        load_detector(export, CPU)
+        open_detector(export, CPU)
     content = torch.load(io.BytesIO(trained.torch_export()), weights_only=True)
     content["state_dict"]["memory_bank"][3, 5] += 1
     torch.save(content, export)
     with pytest.raises(ConfigurationError, match=r"model.pth' was edited or damaged after it was written"):
-        load_detector(export, CPU)
+        open_detector(export, CPU)
 
 
 def evaluate(out: Path, models: list[Path], data: Path, *categories: str) -> Finished:

@@ -21,6 +21,7 @@ from patchcore.detector import AnomalyDetector
 from patchcore.errors import ConfigurationError, DataError
 from patchcore.inference.detector import prepared_image
 from patchcore.inference.inputs import find_inputs, require_inputs
+from patchcore.memory.buffers import Buffers
 from patchcore.memory.continued_coreset import continued_selection
 from patchcore.methods.ensemble import Ensemble
 from patchcore.methods.patchcore import PatchCore, PatchEmbedder, embed_images
@@ -154,7 +155,8 @@ class _Update:
         by_embedder: dict[PatchEmbedder, torch.Tensor] = {}
         for member in self.members:
             if member.embedder not in by_embedder:
-                (by_embedder[member.embedder],) = embed_images(batches, [member.embedder], "new images: features")
+                embedded = embed_images(batches, [member], Buffers(), "new images: features")
+                by_embedder[member.embedder] = embedded.embeddings[member.embedder]
         return [by_embedder[member.embedder] for member in self.members]
 
     def _with_patches(self, embeddings: list[torch.Tensor], rows: torch.Tensor, purpose: str | int) -> AnomalyDetector:
