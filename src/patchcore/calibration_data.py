@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from patchcore.class_run import open_dataset, open_validation
+from patchcore.class_data import open_dataset, open_validation
 from patchcore.configs import DatasetConfig, RunConfig
 from patchcore.datasets.inspection import DatasetSplit, ImageRecord, InspectionDataset, require_images
 from patchcore.datasets.overlap import shared_file

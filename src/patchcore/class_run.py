@@ -13,15 +13,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from patchcore.class_data import count_lost_regions, open_dataset, open_validation
 from patchcore.configs import DatasetConfig, EpochConfig, OutputConfig, RunConfig, TrainingSource
-from patchcore.datasets.images import IGNORED, crop_labels, place
+from patchcore.datasets.images import IGNORED
 from patchcore.datasets.inspection import GOOD, DatasetSplit, InspectionDataset
 from patchcore.datasets.loader import ImageLoader
-from patchcore.datasets.registry import dataset_class
 from patchcore.detector import AnomalyDetector, DetectorBuilder, Prediction, TrainingArtifacts, TrainingPlan
 from patchcore.errors import ConfigurationError, DataError
 from patchcore.evaluation.false_alarms import image_false_alarms, pixel_false_alarms
-from patchcore.evaluation.metrics import DEFECT, label_regions
+from patchcore.evaluation.metrics import DEFECT
 from patchcore.evaluation.plots.curves import training_picture
 from patchcore.evaluation.plots.pictures import (
     FAST_COMPRESSION,
@@ -210,24 +210,6 @@ def outputs_exist(task: ClassTask, row_name: str) -> bool:
     return all(path.exists() for path in wanted)
 
 
-def open_dataset(config: DatasetConfig, category: str, split: DatasetSplit, seed: int) -> InspectionDataset:
-    limit = config.limit_test if split is DatasetSplit.TEST else config.limit_train
-    return dataset_class(config.name)(
-        config.path,
-        category,
-        split,
-        config.preprocessing,
-        train_val_split=config.train_val_split,
-        limit=limit,
-        seed=seed,
-    )
-
-
-def open_validation(config: DatasetConfig, path: str, category: str) -> InspectionDataset:
-    """Return the labelled images of a class that choose thresholds: all of `test` below a folder of their own."""
-    return open_dataset(replace(config, path=path, limit_test=None), category, DatasetSplit.TEST, seed=0)
-
-
 def _loader(task: ClassTask, dataset: InspectionDataset) -> ImageLoader:
     pin_memory = task.device.type == "cuda"
     return ImageLoader(dataset, task.dataset.batch_size, task.dataset.num_workers, pin_memory)
@@ -348,7 +330,7 @@ def evaluate_class(
     labels = np.array([r.is_anomalous for r in test.records])
     metrics = class_metrics(result.scores, labels, result.maps, result.masks, threshold)
     by_defect = defect_metrics(result.scores, defect_types, result.maps, result.masks, threshold, GOOD)
-    _count_lost_regions(test, by_defect)
+    count_lost_regions(test, by_defect)
     timings = {
         "train_images": None,
         "train_seconds": None,
@@ -377,30 +359,6 @@ def _false_alarms(result: _TestResult, good: np.ndarray, calibration: Calibratio
         pairs = ((result.of_image(maps, i), None if masks is None else result.of_image(masks, i)) for i in good)
         counts += pixel_false_alarms(pairs, calibration.pixel.threshold)
     return [count.row(str(calibration.rule), calibration.rule.aimed_rate) for count in counts]
-
-
-def _count_lost_regions(test: InspectionDataset, by_defect: list[dict[str, Any]]) -> None:
-    """Add to each defect type how many regions of its full-size masks resize and crop emptied."""
-    lost = dict.fromkeys((row["defect_type"] for row in by_defect), 0)
-    empty = 0
-    for index, record in enumerate(test.records):
-        if record.mask_path is None or record.defect_type not in lost:
-            continue
-        mask = test.full_mask(index)
-        labels, num_regions = label_regions(mask)
-        empty += num_regions == 0
-        placement = place(mask.shape[0], mask.shape[1], test.preprocessing)
-        kept = np.unique(crop_labels(labels, placement, padding=0))
-        lost[record.defect_type] += num_regions - int((kept > 0).sum())
-    for row in by_defect:
-        row["num_regions_lost"] = lost[row["defect_type"]] if test.has_masks else None
-    if empty:
-        LOGGER.warning(
-            "%s: %d mask(s) of anomalous images are empty: their pixels count as normal", test.category, empty
-        )
-    total = sum(lost.values())
-    if total:
-        LOGGER.warning("%s: resize and crop emptied %d defect region(s), which PRO leaves out", test.category, total)
 
 
 def _write_scores(

@@ -21,7 +21,8 @@ import torch
 import patchcore
 import patchcore.methods  # enters every detector into the registry
 from patchcore.calibration_data import require_calibration_images
-from patchcore.class_run import ClassTask, evaluate_class, open_dataset, outputs_exist, train_class
+from patchcore.class_data import open_dataset
+from patchcore.class_run import ClassTask, evaluate_class, outputs_exist, train_class
 from patchcore.config_json import config_to_dict
 from patchcore.configs import (
     DatasetConfig,
