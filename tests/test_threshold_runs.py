@@ -12,10 +12,11 @@ import pytest
 from conftest import RunCommand, small_run, write_category, write_mask, write_texture
 from in_process import Finished, invoke, read_rows
 
-from patchcore.cli import load_and_evaluate_patchcore, run_baselines, run_patchcore
+from patchcore.cli import load_and_evaluate_patchcore, run_baselines, run_patchcore, update_model
 from patchcore.comparison.methods import group_runs
 from patchcore.comparison.runs import read_runs
 from patchcore.evaluation.false_alarms import clopper_pearson
+from patchcore.storage.manifest import MANIFEST
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -128,6 +129,19 @@ def test_a_stored_model_keeps_its_rule(by_quantile: tuple[Path, Finished], data:
     assert "quantile:0.4" in done.out
 
 
+def test_more_images_move_the_threshold_by_the_rule_of_the_model(
+    by_quantile: tuple[Path, Finished], tmp_path: Path
+) -> None:
+    for i in range(2):
+        write_texture(tmp_path / "new" / f"{i}.png", 8000 + i)
+    model = by_quantile[0] / "project" / "group" / "models" / "mpdd_rod"
+    done = invoke(update_model, model, tmp_path / "new", "--out", tmp_path / "updated", *COMMON)
+    assert done.code == 0, done.err
+    found = json.loads((tmp_path / "updated" / "model.json").read_text(encoding="utf-8"))["calibration"]
+    assert found["rule"] == {"name": "quantile", "quantile": 0.4} and len(found["image_scores"]) == 8
+    assert found["image"]["threshold"] == sorted(found["image_scores"])[3]  # ceil(9 * 0.4) = 4
+
+
 def test_a_run_with_another_rule_is_another_run(by_quantile: tuple[Path, Finished], data: Path, tmp_path: Path) -> None:
     out, _ = by_quantile
     other = run(out, data, "--threshold_rule", "quantile:0.5", "--skip_existing", "--save_anomaly_scores")
@@ -146,6 +160,8 @@ def test_a_model_from_before_the_rules_reads_as_mean3std(data: Path, tmp_path: P
     model = folder / "models" / "mpdd_rod"
     header = json.loads((model / "model.json").read_text(encoding="utf-8"))
     assert header["calibration"].pop("rule") == {"name": "mean3std", "quantile": None}
+    header["format_version"] = 1
+    del header[MANIFEST]
     older = tmp_path / "older"
     shutil.copytree(model, older)
     (older / "model.json").write_text(json.dumps(header), encoding="utf-8")
@@ -242,6 +258,10 @@ def test_f1_separates_the_validation_images(data: Path, validation: Path, tmp_pa
     assert f"{f1:.6f}" == row["pixel_f1_max"]
     rows = read_rows(tmp_path / "project" / "group" / "false_alarms.csv")
     assert {r["aimed_rate"] for r in rows} == {""} and {r["rule"] for r in rows} == {"f1"}
+    # The labelled images are not stored with it, so that with a larger bank no threshold could be learned anew.
+    refused = invoke(update_model, model, data / "rod" / "test" / "good", "--out", tmp_path / "updated", *COMMON)
+    assert refused.code == 2 and "thresholds of the highest F1" in refused.err and len(refused.error_lines) == 1
+    assert not (tmp_path / "updated").exists()
 
 
 def spoil(validation: Path, data: Path, case: str) -> Path:
@@ -287,6 +307,7 @@ def test_validation_images_that_choose_nothing_are_refused(case: str, words: str
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_masks_are_needed_for_maps_alone(data: Path, tmp_path: Path) -> None:
     shutil.rmtree(write_validation(tmp_path / "labelled") / "ground_truth")
     done = invoke(
@@ -298,6 +319,7 @@ def test_masks_are_needed_for_maps_alone(data: Path, tmp_path: Path) -> None:
     assert calibration_of(tmp_path)["rule"]["name"] == "f1"
 
 
+@pytest.mark.slow
 def test_a_damaged_validation_image_fails_its_class_by_name(data: Path, tmp_path: Path) -> None:
     folder = write_validation(tmp_path / "labelled")
     (folder / "test" / "good" / "0.png").write_bytes(b"\x89PNG no more")

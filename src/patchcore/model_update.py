@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from patchcore.configs import RuntimeConfig
+from patchcore.configs.thresholds import F1
 from patchcore.detector import AnomalyDetector
 from patchcore.errors import ConfigurationError, DataError
 from patchcore.inference.detector import prepared_image
@@ -28,6 +29,7 @@ from patchcore.methods.patchcore import PatchCore, PatchEmbedder, embed_images
 from patchcore.prediction import StoredModel, prepare_stored, read_header
 from patchcore.runtime import available_cpus, derive_seed, progress, resolve_device, set_threads
 from patchcore.scoring.calibration import Calibration, MapStatistics, calibrate, fold_bounds
+from patchcore.scoring.thresholds import with_rule
 from patchcore.storage.files import write_folder
 
 BANK = "memory_bank"
@@ -119,6 +121,11 @@ class _Update:
                 f"model {str(job.model)!r} is of method {header.method!r}, which keeps no memory bank that images "
                 "could be added to: train it anew with all images"
             )
+        if header.calibration is not None and header.calibration.rule.name == F1:
+            raise ConfigurationError(
+                f"model {str(job.model)!r} has thresholds of the highest F1 on labelled images, which are not stored "
+                "with it: train it anew with all images, or with another --threshold_rule"
+            )
         builder = prepare_stored(header, str(job.model), job.runtime)
         self.batch_size = job.batch_size
         device = resolve_device(job.runtime.device, job.runtime.gpus)
@@ -191,7 +198,7 @@ class _Update:
                 maps.append(MapStatistics.of([prediction.maps]))
         assert stored.map_maxima is not None and stored.pixel_floor is not None
         floors = np.full(len(stored.map_maxima), stored.pixel_floor)
-        return calibrate(
+        calibration = calibrate(
             stored.method,
             stored.num_folds + len(folds),
             np.concatenate([stored.image_scores, *scores]),
@@ -200,6 +207,7 @@ class _Update:
                 np.concatenate([floors, *(m.means for m in maps)]),
             ),
         )
+        return with_rule(calibration, stored.rule)
 
 
 def _read_images(job: UpdateJob, detector: AnomalyDetector) -> torch.Tensor:
