@@ -10,7 +10,7 @@ import torch
 from patchcore.detector import require_tensor
 from patchcore.errors import ConfigurationError, DataError
 
-QUERY_CHUNK = 1024
+QUERY_CHUNK = 960
 MEMORY_BANK = "memory_bank"  # name of the stored bank among the tensors of a model
 
 

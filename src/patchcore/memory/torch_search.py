@@ -10,9 +10,9 @@ from patchcore.detector import require_tensor
 from patchcore.errors import ConfigurationError, DataError
 from patchcore.memory.search import MEMORY_BANK, NearestNeighbours, stored_bank
 
-# With QUERY_CHUNK: 25 MB of ranking values at a time. Blocks above 32 MiB are new memory each time with glibc, and
+# With QUERY_CHUNK: 30 MiB of ranking values at a time. Blocks above 32 MiB are new memory each time with glibc, and
 # touching that takes as long as the product with few dimensions that fills it.
-BANK_CHUNK = 6144
+BANK_CHUNK = 8192
 COLUMNS_PER_GROUP = 32
 VARIANCE_SHARE = 0.9  # of the bank, that the principal directions keep
 SAMPLE_ROWS = 4096  # of the bank, that the directions are learned from
