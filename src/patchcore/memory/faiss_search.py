@@ -248,7 +248,7 @@ def read_index(faiss: Any, blob: torch.Tensor, dimension: int) -> Any:
         raise _damaged("it is no index of this kind")
     _, found, num_rows, is_trained, metric = _HEADER.unpack_from(content)
     require_columns("search index", found, dimension)
-    bytes_per_row = PQ_SUBQUANTISERS if kind == "ivfpq" else 4 * dimension
+    bytes_per_row = PQ_SUBQUANTISERS * PQ_BITS // 8 if kind == "ivfpq" else 4 * dimension
     if not is_trained or metric != _METRIC_L2 or not 1 <= num_rows <= len(content) // bytes_per_row:
         raise _damaged(f"{num_rows} rows in {len(content)} bytes")
     try:

@@ -161,9 +161,7 @@ def require_columns(name: str, found: int, dimension: int) -> None:
         )
 
 
-def stored_bank(
-    tensors: Mapping[str, torch.Tensor], name: str, dtype: torch.dtype, dimension: int
-) -> torch.Tensor:
+def stored_bank(tensors: Mapping[str, torch.Tensor], name: str, dtype: torch.dtype, dimension: int) -> torch.Tensor:
     """Return a stored bank [M, D].
 
     Args:
