@@ -78,8 +78,7 @@ def coreset(material: Material, num_rows: int) -> torch.Tensor:
     """Return a memory bank [num_rows, D] of the training images, chosen as the toolkit does."""
     embeddings = material.embeddings.flatten(0, 1)
     sampler = type(material.detector().sampler)(num_rows / len(embeddings))
-    chosen = sampler.select_reduced(material.points(material.embeddings), material.generator("selection"))
-    return embeddings[chosen]
+    return embeddings[sampler.select(embeddings, material.generator("coreset"))]
 
 
 def quality(search: NearestNeighbours, images: torch.Tensor, material: Material) -> Quality:
