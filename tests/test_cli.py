@@ -46,7 +46,7 @@ OPTIONS = {  # of the issue
     "patch_core": "-b --backbone_names -le --layers_to_extract_from --pretrain_embed_dimension "
     "--target_embed_dimension --preprocessing --aggregation --anomaly_scorer_num_nn --patchsize --patchscore "
     "--patchoverlap -pa --patchsize_aggregate --faiss_on_gpu --faiss_num_workers --precision --memory_budget --weights "
-    "--embedding --normalization --score_reweighting --score_normalization",
+    "--embedding --normalization --score_reweighting --score_normalization --index",
     "sampler": "-p --percentage",
     "dataset": "-d --subdatasets --train_val_split --batch_size --num_workers --resize --imagesize --augment "
     "--resize_mode --limit_train --limit_test",
@@ -91,7 +91,7 @@ def test_every_typed_value_arrives(captured: list[tuple[Any, ...]]) -> None:
         "--pretrain_embed_dimension", 7, "--target_embed_dimension", 8, "--preprocessing", "mean",
         "--aggregation", "mean", "--anomaly_scorer_num_nn", 9, "--patchsize", 5, "--patchscore", "max",
         "--patchoverlap", "0.0", "--faiss_on_gpu", "--faiss_num_workers", 3, "--weights", "random",
-        "--embedding", "pooled", "--normalization", "backbone",
+        "--embedding", "pooled", "--normalization", "backbone", "--index", "projected",
         "sampler", "--percentage", 0.25, "random",
         "dataset", "--subdatasets", "one", "-d", "two", "--train_val_split", 0.5, "--batch_size", 6,
         "--num_workers", 0, "--resize", 300, "--imagesize", 200, "--resize_mode", "letterbox",
@@ -105,7 +105,7 @@ def test_every_typed_value_arrives(captured: list[tuple[Any, ...]]) -> None:
     assert (config.backbone.name, config.backbone.layers) == ("b", ("x", "y"))
     assert (config.backbone.weights, config.backbone.normalization) == ("random", "backbone")
     assert (config.pretrain_embed_dimension, config.target_embed_dimension) == (7, 8)
-    assert (config.num_nn, config.patchsize) == (9, 5)
+    assert (config.num_nn, config.patchsize, config.index) == (9, 5, "projected")
     assert (config.sampler.name, config.sampler.percentage) == ("random", 0.25)
     assert (dataset.name, dataset.path, dataset.categories) == ("folder", "path", ("one", "two"))
     assert (dataset.train_val_split, dataset.batch_size, dataset.num_workers) == (0.5, 6, 0)

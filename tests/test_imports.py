@@ -73,7 +73,7 @@ ONE_HOME = {
     "FrEIA": "methods/normalizing_flow.py",
     "click": "cli/",
     "jinja2": "report_html/page.py",
-    "faiss": "memory/nearest_neighbours.py",
+    "faiss": "memory/faiss_search.py",
     "fastapi": "web.py",
     "gradio": "web.py",
     "matplotlib": "evaluation/plots/",

@@ -35,7 +35,8 @@ from patchcore.datasets.loader import ImageLoader
 from patchcore.detector import AnomalyDetector
 from patchcore.errors import ConfigurationError
 from patchcore.features.backbones import load_backbone
-from patchcore.memory.nearest_neighbours import FaissNN, TorchNN
+from patchcore.memory.faiss_search import FaissNN
+from patchcore.memory.torch_search import TorchNN
 from patchcore.methods.patchcore import PatchCore
 from patchcore.prediction import open_detector
 from patchcore.scoring.calibration import Calibration
@@ -248,7 +249,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "flat bank": (tensors(lambda t: {"memory_bank": t["memory_bank"].flatten()}), "rank 1"),
     "double bank": (tensors(lambda t: {"memory_bank": t["memory_bank"].double()}), "float64"),
     "narrow bank": (tensors(lambda t: {"memory_bank": t["memory_bank"][:, :9].clone()}), "9 columns"),
-    "empty bank": (tensors(lambda t: {"memory_bank": t["memory_bank"][:0]}), "0 patch(es)"),
+    "empty bank": (tensors(lambda t: {"memory_bank": t["memory_bank"][:0]}), "shape [0, "),
     "nan": (tensors(lambda t: {"memory_bank": t["memory_bank"] * np.nan}), "NaN"),
 }
 

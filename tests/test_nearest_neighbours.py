@@ -17,14 +17,11 @@ import pytest
 import torch
 
 from patchcore.errors import ConfigurationError, DataError
-from patchcore.memory import nearest_neighbours as module
-from patchcore.memory.nearest_neighbours import (
-    FaissNN,
-    NearestNeighbours,
-    NearestNeighbourScorer,
-    TorchNN,
-    build_nearest_neighbours,
-)
+from patchcore.memory import faiss_search, search, torch_search
+from patchcore.memory.faiss_search import FaissNN
+from patchcore.memory.nearest_neighbours import NearestNeighbourScorer, build_nearest_neighbours
+from patchcore.memory.search import NearestNeighbours
+from patchcore.memory.torch_search import TorchNN
 
 CPU = torch.device("cpu")
 
@@ -46,7 +43,7 @@ def make_search(request: pytest.FixtureRequest) -> Callable[[], NearestNeighbour
 @pytest.fixture(autouse=True)
 def forget_process_state() -> Iterator[None]:
     """Warnings are given, and installed packages looked up, once per process; here once per test."""
-    caches = (module._warn_once, module._installed_faiss_distributions)
+    caches = (faiss_search.warn_once, faiss_search._installed_faiss_distributions)
     for cache in caches:
         cache.cache_clear()
     yield
@@ -109,8 +106,8 @@ def test_chunk_borders_change_nothing(
     bank, queries = random_features(205, 20, 5), random_features(53, 20, 6)
     expected_distances, expected_indices = brute_force(bank, queries, k)
     for query_chunk, bank_chunk in [(1, 1), (7, 10), (53, 205), (52, 204), (1000, 17)]:
-        monkeypatch.setattr(module, "QUERY_CHUNK", query_chunk)
-        monkeypatch.setattr(module, "BANK_CHUNK", bank_chunk)
+        monkeypatch.setattr(search, "QUERY_CHUNK", query_chunk)
+        monkeypatch.setattr(torch_search, "BANK_CHUNK", bank_chunk)
         distances, indices = make_search().fit(bank).search(queries, k)
         torch.testing.assert_close(distances.double(), expected_distances, rtol=1e-6, atol=1e-7)
         assert torch.equal(indices, expected_indices)
@@ -337,7 +334,7 @@ def test_cpu_search_leaves_an_available_gpu_alone(monkeypatch: pytest.MonkeyPatc
 
 def test_threads_are_cut_to_the_available_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = fake_faiss(monkeypatch, None)
-    monkeypatch.setattr(module, "available_cpus", lambda: 4)
+    monkeypatch.setattr(faiss_search, "available_cpus", lambda: 4)
     for num_workers in (1, 4, 8):
         FaissNN(num_workers=num_workers)
     assert fake.threads == [1, 4, 4]
@@ -425,7 +422,7 @@ def test_two_distributions_of_faiss_are_refused_with_the_remedy(monkeypatch: pyt
         assert f"pip uninstall -y faiss-cpu {gpu}, then pip install -r requirements.txt" in message
         assert "\n" not in message
     install(monkeypatch, gpu)
-    module._installed_faiss_distributions.cache_clear()
+    faiss_search._installed_faiss_distributions.cache_clear()
     assert isinstance(build_nearest_neighbours(True, 4, CPU), FaissNN)
 
 

@@ -23,7 +23,7 @@ from PIL import Image
 from patchcore.cli import load_and_evaluate_patchcore, run_patchcore
 from patchcore.evaluation.metrics import pixel_metrics
 from patchcore.features.backbones import load_backbone
-from patchcore.memory import nearest_neighbours
+from patchcore.memory import faiss_search
 from patchcore.runtime import available_cpus
 
 HEADER = (
@@ -306,7 +306,7 @@ def test_threads_are_set_for_torch_and_faiss_alike(
 def test_faiss_on_gpu_falls_back_with_one_warning(data: Path, tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU, on which faiss may well search")
-    nearest_neighbours._warn_once.cache_clear()
+    faiss_search.warn_once.cache_clear()
     done = run(tmp_path, *small_run(data, "rod", method=("--faiss_on_gpu",)))
     assert done.code == 0
     assert len(done.error_lines) == 1 and done.err.startswith("warning: ") and "faiss" in done.err

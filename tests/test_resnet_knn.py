@@ -14,7 +14,7 @@ from patchcore.configs import BackboneConfig, ResNetKNNConfig, TrainingSource
 from patchcore.errors import ConfigurationError, DataError
 from patchcore.features.extractor import FeatureExtractor, build_extractor
 from patchcore.features.layers import last_layer, middle_layers
-from patchcore.memory.nearest_neighbours import TorchNN
+from patchcore.memory.torch_search import TorchNN
 from patchcore.methods import resnet_knn
 from patchcore.methods.resnet_knn import ResNetKNN, leave_one_out_distances, most_varied
 from patchcore.scoring.calibration import THRESHOLD_STDS

@@ -124,9 +124,10 @@ def _agreed(path: Path, header: ModelHeader, typed: TypedModel) -> ModelHeader:
         if stored is None if setting.value is ANY_VALUE else stored != setting.value:
             raise _contradiction(setting, stored, path)
     for override in typed.overrides:
-        if _stored(content, override.path) is None:
-            raise _contradiction(override, None, path)
-        _part(content, override.path)[override.path[-1]] = override.value
+        for holder in _holders(content, override.path):
+            if holder.get(override.path[-1]) is None:
+                raise _contradiction(override, None, path)
+            holder[override.path[-1]] = override.value
     return replace(header, config=content["config"])
 
 
@@ -143,6 +144,14 @@ def _part(content: Mapping[str, Any], path: Sequence[str]) -> Any:
     for name in path[:-1]:
         part = part.get(name) if isinstance(part, dict) else None
     return part
+
+
+def _holders(content: Mapping[str, Any], path: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the dictionaries that hold a value: one, or that of each member of an ensemble."""
+    part = _part(content, path)
+    if not isinstance(part, dict):
+        return [{}]
+    return [part] if path[-1] in part or "members" not in part else list(part["members"])
 
 
 def _stored(content: Mapping[str, Any], path: Sequence[str]) -> Any:

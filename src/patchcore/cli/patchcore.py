@@ -26,6 +26,7 @@ from patchcore.cli.steps import dataset_step, refuse, sampler_step, stored_datas
 from patchcore.configs import (
     BACKBONE_PRECISIONS,
     EMBEDDINGS,
+    INDEXES,
     NORMALIZATIONS,
     PATCH_SCORES,
     SCORE_NORMALIZATIONS,
@@ -35,6 +36,7 @@ from patchcore.configs import (
     SamplerConfig,
     ThresholdRule,
 )
+from patchcore.configs.typed import TypedSetting
 
 LOGGER = logging.getLogger(__name__)
 
@@ -178,6 +180,13 @@ MACHINE_OPTIONS = (
         default=None,
         help="Scale of an ensemble's members: normal images (calibrated, default) or the test set (minmax).",
     ),
+    click.option(
+        "--index",
+        type=click.Choice(INDEXES),
+        default="flat",
+        show_default=True,
+        help="Search: exact (flat), faster (projected, ivf), in a bank of fewer bytes (fp16, sq8, ivfpq).",
+    ),
 )
 def patch_core_step(
     backbones: tuple[str, ...],
@@ -200,6 +209,7 @@ def patch_core_step(
     normalization: str,
     score_reweighting: int | None,
     score_normalization: str | None,
+    index: str,
 ) -> tuple[str, tuple[tuple[PatchCoreConfig, ...], str | None, dict[str, Any]]]:
     """PatchCore: backbone, layers, embedding, neighbours. Several backbones give an ensemble."""
     refuse("--preprocessing", preprocessing, "mean", "the original pools by mean whatever is typed")
@@ -217,6 +227,7 @@ def patch_core_step(
             patchscore=patchscore,
             score_reweighting=score_reweighting,
             seed=seed,
+            index=index,
         )
         for backbone, seed in typed_backbones(backbones, layers, weights, normalization)
     )
@@ -239,24 +250,31 @@ def load_and_evaluate_patchcore(**options: Any) -> None:
 @load_and_evaluate_patchcore.result_callback()
 def _load_and_evaluate(steps: list[tuple[str, Any]], **frame: Any) -> int:
     step = dict(steps)
-    paths, machine = step["patch_core_loader"]
+    paths, machine, index = step["patch_core_loader"]
     dataset, typed = step["dataset"]
     place = evaluation(**frame)
     place = replace(place, runtime=replace(place.runtime, **machine))
-    return evaluate(("patchcore", "ensemble"), paths, dataset, place, typed)
+    overrides = [TypedSetting("--index", ("config", "index"), index)] if index is not None else []
+    return evaluate(("patchcore", "ensemble"), paths, dataset, place, typed, overrides)
 
 
 @load_and_evaluate_patchcore.command("patch_core_loader", short_help="The models: -p FOLDER [-p FOLDER ...]")
 @with_options(
     click.option("-p", "--patch_core_paths", "paths", multiple=True, required=True, help="Model folder; repeatable."),
     *MACHINE_OPTIONS,
+    click.option(
+        "--index",
+        type=click.Choice(INDEXES),
+        default=None,
+        help="Search the stored memory bank so, if its values are float32; default: as it was trained.",
+    ),
 )
 def patch_core_loader_step(
-    paths: tuple[str, ...], faiss_on_gpu: bool, faiss_num_workers: int | None, precision: str
-) -> tuple[str, tuple[tuple[str, ...], dict[str, Any]]]:
+    paths: tuple[str, ...], faiss_on_gpu: bool, faiss_num_workers: int | None, precision: str, index: str | None
+) -> tuple[str, tuple[tuple[str, ...], dict[str, Any], str | None]]:
     """Name the model folders."""
     machine = {"faiss_on_gpu": faiss_on_gpu, "faiss_num_workers": faiss_num_workers, "precision": precision}
-    return "patch_core_loader", (paths, machine)
+    return "patch_core_loader", (paths, machine, index)
 
 
 run_patchcore.add_command(sampler_step)

@@ -36,6 +36,7 @@ from patchcore.configs.fastflow import (
 )
 from patchcore.configs.patchcore import (
     EMBEDDINGS,
+    INDEXES,
     PATCH_SCORES,
     SCORE_NORMALIZATIONS,
     EnsembleConfig,
@@ -59,6 +60,7 @@ __all__ = [
     "DEMO_CATEGORIES",
     "EMBEDDINGS",
     "IMAGE_SCORES",
+    "INDEXES",
     "MAP_MODES",
     "MAX_LIST_LENGTH",
     "MAX_SEED",

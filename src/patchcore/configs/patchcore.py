@@ -12,6 +12,7 @@ from patchcore.errors import ConfigurationError
 EMBEDDINGS = ("pooled", "concat")
 PATCH_SCORES = ("max", "mean", "topk")
 SCORE_NORMALIZATIONS = ("calibrated", "minmax")
+INDEXES = ("flat", "projected", "fp16", "sq8", "ivf", "ivfpq")
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class PatchCoreConfig:
         score_reweighting: Bank members around the nearest one whose distances re-weight the image score (Eq. 7 of the
             paper), >= 2; None leaves the score as it is.
         seed: Seed of this model's coreset in place of the run's; None takes the run's.
+        index: How the bank is kept and searched: one of INDEXES.
     """
 
     backbone: BackboneConfig
@@ -60,6 +62,7 @@ class PatchCoreConfig:
     patchscore: str = "max"
     score_reweighting: int | None = None
     seed: int | None = None
+    index: str = "flat"
 
     @property
     def patchsizes(self) -> tuple[int, ...]:
@@ -69,6 +72,7 @@ class PatchCoreConfig:
     def __post_init__(self) -> None:
         require_choice("embedding", self.embedding, EMBEDDINGS)
         require_choice("--patchscore", self.patchscore, PATCH_SCORES)
+        require_choice("--index", self.index, INDEXES)
         require_at_least("--pretrain_embed_dimension", self.pretrain_embed_dimension, 1, 65536)
         require_at_least("--target_embed_dimension", self.target_embed_dimension, 1, 65536)
         require_at_least("--anomaly_scorer_num_nn", self.num_nn, 1)

@@ -1,218 +1,27 @@
-"""Exact k-nearest-neighbour search in the memory bank, with torch or faiss.
-
-Both searches rank by matrix products and then compute the distances that they return by subtraction. The
-product alone loses the digits that matter: where the features are large against their distances,
-|q|^2 + |b|^2 - 2 q.b is the small difference of large float32 numbers, and a query that is in the bank comes
-out at a distance above 0.
-"""
+"""Which search a model uses, and the scores that are made of its distances."""
 
 from __future__ import annotations
 
-import functools
-import importlib
-import importlib.metadata
-import logging
-from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
-from patchcore.errors import ConfigurationError, DataError
-from patchcore.runtime import available_cpus
-
-LOGGER = logging.getLogger(__name__)
-
-QUERY_CHUNK = 1024  # with BANK_CHUNK: 32 MB of ranking values at a time, for any number of queries
-BANK_CHUNK = 8192
-FAISS_DISTRIBUTIONS = (
-    "faiss-cpu",
-    "faiss-gpu",
-    "faiss-gpu-cu11",
-    "faiss-gpu-cu12",
-    "faiss-gpu-cuvs",
-    "faiss-gpu-cu12-cuvs",
-    "faiss-gpu-cu13-cuvs",
-    "faiss-cuda",
+from patchcore.errors import ConfigurationError
+from patchcore.memory.faiss_search import (
+    FAISS_INDEX,
+    FaissNN,
+    InvertedListsNN,
+    faiss_sees_gpu,
+    float32_rows,
+    import_faiss,
+    require_one_faiss,
+    serialised_kind,
+    warn_once,
 )
-
-
-class NearestNeighbours(ABC):
-    """Finds the rows of a bank that are nearest to each query in Euclidean distance."""
-
-    bank_: torch.Tensor
-    centre_: torch.Tensor
-
-    def __init__(self, device: torch.device) -> None:
-        """Store where the bank is kept.
-
-        Args:
-            device: Device on which the returned distances are computed.
-        """
-        self.device = device
-
-    @torch.no_grad()
-    def fit(self, bank: torch.Tensor) -> NearestNeighbours:
-        """Take over the bank.
-
-        Args:
-            bank: Memory bank [M, D] float32, finite, M >= 1. Kept without a copy where it is on the device.
-
-        Returns:
-            The search itself.
-
-        Raises:
-            DataError: The bank is empty or has values that are not finite.
-        """
-        if bank.ndim != 2 or 0 in bank.shape:
-            raise DataError(
-                f"found a memory bank of shape {list(bank.shape)}, expected [M, D] with at least one row: "
-                "check that the class has training images"
-            )
-        self.bank_ = bank.to(self.device, torch.float32).contiguous()
-        self.centre_ = self.bank_.mean(dim=0)
-        if not bool(self.centre_.isfinite().all()):
-            raise DataError("found infinite or NaN values in the memory bank, expected finite ones: check the features")
-        self._index_bank()
-        return self
-
-    @torch.no_grad()
-    def search(self, queries: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Find the k nearest rows of the bank for each query.
-
-        Args:
-            queries: [Q, D] float32, on any device. A query that is not finite gets NaN or infinite distances.
-            k: How many neighbours, in [1, M].
-
-        Returns:
-            Euclidean distances [Q, k] float32, ascending, and bank rows [Q, k] int64, both on the device of
-            `queries`. The order among equal distances is left open.
-
-        Raises:
-            RuntimeError: There is no bank yet.
-            ConfigurationError: k is outside [1, M].
-            ValueError: The queries are not [Q, D].
-        """
-        if not hasattr(self, "bank_"):
-            raise RuntimeError(f"{type(self).__name__} has no memory bank yet: call fit before search")
-        check_num_neighbours(k, len(self.bank_))
-        if queries.ndim != 2 or queries.shape[1] != self.bank_.shape[1]:
-            raise ValueError(
-                f"found queries of shape {list(queries.shape)}, expected [Q, {self.bank_.shape[1]}] to fit the bank: "
-                "extract them with the layers and dimensions of the model"
-            )
-        distances = torch.empty(len(queries), k, device=queries.device)
-        indices = torch.empty(len(queries), k, dtype=torch.int64, device=queries.device)
-        for start in range(0, len(queries), QUERY_CHUNK):
-            rows = slice(start, start + QUERY_CHUNK)
-            chunk = queries[rows].to(self.device, torch.float32)  # [q, D]
-            # Distances do not change when both sides move by the bank's mean, and the products get smaller.
-            nearest = self._nearest(chunk - self.centre_, k)  # [q, k]
-            chunk_distances, order = self.exact_distances(chunk, nearest).sort(dim=1)
-            distances[rows] = chunk_distances
-            indices[rows] = nearest.gather(1, order)
-        return distances, indices
-
-    def exact_distances(self, queries: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-        """Return the distances [q, k] of queries [q, D] to the bank rows [q, k], by subtraction."""
-        columns = [
-            torch.linalg.vector_norm(queries - self.bank_[column], dim=1)
-            for column in indices.unbind(dim=1)  # one neighbour at a time: [q, D] of memory, not [q, k, D]
-        ]
-        return torch.stack(columns, dim=1)
-
-    @abstractmethod
-    def _index_bank(self) -> None:
-        """Prepare `bank_` for searching."""
-
-    @abstractmethod
-    def _nearest(self, centred_queries: torch.Tensor, k: int) -> torch.Tensor:
-        """Return the k nearest bank rows [q, k] int64, in any order, of queries [q, D] less `centre_`."""
-
-
-class TorchNN(NearestNeighbours):
-    """Search by blocked matrix products on a torch device."""
-
-    def _index_bank(self) -> None:
-        self.squared_norms_ = torch.cat(
-            [(rows - self.centre_).square().sum(dim=1) for rows in self.bank_.split(BANK_CHUNK)]
-        )  # [M], of the centred bank
-
-    def _nearest(self, centred_queries: torch.Tensor, k: int) -> torch.Tensor:
-        chunks = [
-            self._nearest_in_chunk(centred_queries, slice(start, start + BANK_CHUNK), k)
-            for start in range(0, len(self.bank_), BANK_CHUNK)
-        ]
-        if len(chunks) == 1:
-            return chunks[0][1]
-        values = torch.cat([values for values, _ in chunks], dim=1)  # [q, k per chunk]
-        indices = torch.cat([indices for _, indices in chunks], dim=1)
-        return indices.gather(1, values.topk(k, dim=1, largest=False, sorted=False).indices)  # [q, k]
-
-    def _nearest_in_chunk(
-        self, centred_queries: torch.Tensor, rows: slice, k: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return ranking values and bank rows [q, min(k, rows)] of the nearest among these rows.
-
-        With the mean m: |q - b|^2 = |b - m|^2 - 2 (q - m).b + terms that depend on q alone. Leaving those out
-        changes no ranking, and taking b instead of b - m in the product spares a centred copy of the bank.
-        """
-        bank = self.bank_[rows]  # [b, D]
-        values = torch.addmm(self.squared_norms_[rows], centred_queries, bank.T, alpha=-2)  # [q, b]
-        if k == 1:  # twice as fast as topk
-            smallest, columns = values.min(dim=1, keepdim=True)  # [q, 1]
-        else:
-            smallest, columns = values.topk(min(k, len(bank)), dim=1, largest=False, sorted=False)  # [q, k]
-        return smallest, columns + rows.start
-
-
-class FaissNN(NearestNeighbours):
-    """Search by faiss's flat index, on the CPU or on one GPU.
-
-    Source: the original repository's class of the same name. That one returns squared distances; here they
-    are Euclidean (PatchCore, Eq. 6).
-    """
-
-    def __init__(self, on_gpu: bool = False, num_workers: int = 4, gpu_index: int = 0) -> None:
-        """Prepare faiss.
-
-        Args:
-            on_gpu: Search on a GPU; where faiss cannot, warn once per process and search on the CPU.
-            num_workers: Threads of the search on the CPU, >= 1, cut to the cores this process may use.
-            gpu_index: Which GPU.
-
-        Raises:
-            ConfigurationError: faiss is not installed or installed twice, or `num_workers` is below 1.
-        """
-        super().__init__(torch.device("cpu"))  # faiss takes and returns numpy arrays
-        if num_workers < 1:
-            raise ConfigurationError(
-                f"found faiss_num_workers={num_workers}, expected at least 1: give the number of threads"
-            )
-        faiss = import_faiss()
-        if faiss is None:
-            raise ConfigurationError(
-                "found no faiss, expected faiss-cpu or faiss-gpu: pip install -r requirements.txt (CPU) or "
-                "requirements-gpu.txt (GPU), or search with torch"
-            )
-        if on_gpu and not faiss_sees_gpu(faiss):
-            _warn_once("faiss has no GPU here (a CPU build, or no device): searching with faiss on the CPU")
-        self.on_gpu = on_gpu and faiss_sees_gpu(faiss)
-        self.gpu_index = gpu_index
-        self._faiss = faiss
-        faiss.omp_set_num_threads(min(num_workers, available_cpus()))
-
-    def _index_bank(self) -> None:
-        index = self._faiss.IndexFlatL2(self.bank_.shape[1])
-        if self.on_gpu:
-            # Held here because faiss does not: the index would outlive the memory it works in.
-            self._gpu_resources = self._faiss.StandardGpuResources()
-            index = self._faiss.index_cpu_to_gpu(self._gpu_resources, self.gpu_index, index)
-        index.add((self.bank_ - self.centre_).numpy())
-        self._index = index
-
-    def _nearest(self, centred_queries: torch.Tensor, k: int) -> torch.Tensor:
-        _, indices = self._index.search(centred_queries.contiguous().numpy(), k)
-        return torch.from_numpy(indices)
+from patchcore.memory.search import MEMORY_BANK, NearestNeighbours, check_num_neighbours, stored_bank
+from patchcore.memory.torch_search import FP16_BANK, SQ8_BANK, EightBitNN, ProjectedNN, TorchNN
+from patchcore.runtime import available_cpus
 
 
 class NearestNeighbourScorer:
@@ -274,7 +83,7 @@ class NearestNeighbourScorer:
         Source: Roth et al. (CVPR 2022), Eq. 7.
         """
         search = self.nearest_neighbours
-        members = search.bank_[nearest_rows.to(search.device)]  # [Q, D]
+        members = search.rows(nearest_rows.to(search.device))  # [Q, D]
         _, support_rows = search.search(members, support)  # [Q, B]
         moved = queries.to(search.device)
         own = search.exact_distances(moved, nearest_rows.to(search.device)[:, None])[:, 0]  # [Q]
@@ -284,35 +93,51 @@ class NearestNeighbourScorer:
 
 
 def build_nearest_neighbours(
-    faiss_on_gpu: bool, faiss_num_workers: int | None, device: torch.device
+    faiss_on_gpu: bool, faiss_num_workers: int | None, device: torch.device, index: str = "flat"
 ) -> NearestNeighbours:
-    """Choose the search: torch on the device of the features, or faiss where one of its options asks for it.
+    """Choose the search.
 
-    Both find the same neighbours at the same distances. torch is the default because the BLAS library inside the
-    faiss packages does not know every processor: on the ones measured, torch was three to four times as fast.
+    "flat" is torch on the device of the features, or faiss where one of its options asks for it. Both find the same
+    neighbours at the same distances. torch is the default because it is faster on the processors measured.
 
     Args:
         faiss_on_gpu: Use faiss on the GPU; where that cannot be, one warning per process.
         faiss_num_workers: Use faiss with so many threads where the search is on the CPU, >= 1; None if not.
         device: Where the features are.
+        index: One of configs.INDEXES.
 
     Returns:
         A search without a bank.
 
     Raises:
-        ConfigurationError: faiss is installed twice, or `faiss_num_workers` is below 1.
+        ConfigurationError: faiss is installed twice or needed and not installed, or `faiss_num_workers` is below 1.
     """
     require_one_faiss()
-    if not faiss_on_gpu and faiss_num_workers is None:
+    option = "--faiss_on_gpu" if faiss_on_gpu else "--faiss_num_workers"
+    wants_faiss = faiss_on_gpu or faiss_num_workers is not None
+    if index in ("ivf", "ivfpq"):
+        workers = faiss_num_workers or torch.get_num_threads()
+        return InvertedListsNN(index, faiss_on_gpu, workers, gpu_index=device.index or 0)
+    if index != "flat":
+        if wants_faiss:
+            warn_once(f"{option}: --index {index} searches with torch on {device}")
+        return _TORCH_SEARCHES[index](device)
+    if not wants_faiss:
         return TorchNN(device)
     faiss = import_faiss()
     if faiss_on_gpu and faiss is not None and faiss_sees_gpu(faiss):
         return FaissNN(True, faiss_num_workers or available_cpus(), gpu_index=device.index or 0)
     if faiss_num_workers is not None and faiss is not None and device.type == "cpu":
         return FaissNN(faiss_on_gpu, faiss_num_workers)
-    option = "--faiss_on_gpu" if faiss_on_gpu else "--faiss_num_workers"
-    _warn_once(f"{option}: {_what_is_missing(faiss)}, searching with torch on {device}")
+    warn_once(f"{option}: {_what_is_missing(faiss)}, searching with torch on {device}")
     return TorchNN(device)
+
+
+_TORCH_SEARCHES: dict[str, Callable[[torch.device], NearestNeighbours]] = {
+    "projected": ProjectedNN,
+    "fp16": lambda device: TorchNN(device, torch.float16),
+    "sq8": EightBitNN,
+}
 
 
 def _what_is_missing(faiss: Any | None) -> str:
@@ -322,67 +147,44 @@ def _what_is_missing(faiss: Any | None) -> str:
     return f"{installed[0]} cannot be imported" if installed else "faiss is not installed"
 
 
-def check_num_neighbours(k: int, bank_size: int) -> None:
-    """Raise ConfigurationError where a bank of `bank_size` rows has no k nearest ones."""
-    if not 1 <= k <= bank_size:
-        raise ConfigurationError(
-            f"found k={k} neighbours for a memory bank of {bank_size} rows, expected k from 1 to {bank_size}: "
-            "lower k (--anomaly_scorer_num_nn) or keep more patches (sampler --percentage)"
-        )
+def restore_search(
+    search: NearestNeighbours, index: str, tensors: Mapping[str, torch.Tensor], dimension: int
+) -> NearestNeighbours:
+    """Give a search the bank of a stored model, which may have had another index if that kept float32 values.
 
+    Args:
+        search: Without a bank.
+        index: Its name.
+        tensors: What the search of the stored model gave.
+        dimension: Values of the model's embeddings.
 
-def require_one_faiss() -> tuple[str, ...]:
-    """Return the installed distributions of faiss, none or one.
-
-    Raises:
-        ConfigurationError: Several own the module; pip installs one over the other without a word, and the
-            mixture fails in odd ways.
-    """
-    installed = _installed_faiss_distributions()
-    if len(installed) > 1:
-        raise ConfigurationError(
-            f"found {' and '.join(installed)} installed together, expected one of them, as each overwrites the "
-            f"other: pip uninstall -y {' '.join(installed)}, then pip install -r requirements.txt (CPU) or "
-            "requirements-gpu.txt (GPU)"
-        )
-    return installed
-
-
-def import_faiss() -> Any | None:
-    """Return the faiss module, or None where it is not installed or lacks a library it needs.
+    Returns:
+        The search.
 
     Raises:
-        ConfigurationError: As in `require_one_faiss`.
+        ConfigurationError: The tensors are missing, damaged, of another model, or hold too few digits for this index.
+        DataError: The bank does not fit this index.
     """
-    require_one_faiss()
-    try:
-        return importlib.import_module("faiss")
-    except ImportError as error:
-        LOGGER.debug("faiss cannot be imported: %s", error)
-        return None
+    if search.reads(tensors):
+        search.restore(tensors, dimension)
+        return search
+    search.fit(_float32_bank(tensors, index, dimension))
+    if index not in ("flat", "projected"):
+        warn_once(f"--index {index} moves scores, but the model's thresholds were measured with its own index")
+    return search
 
 
-def faiss_sees_gpu(faiss: Any) -> bool:
-    """Return whether this build of faiss has GPU support and finds a device."""
-    return hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() > 0
-
-
-@functools.cache  # a model is searched anew for every class and fold
-def _installed_faiss_distributions() -> tuple[str, ...]:
-    """Return the installed distributions that own the module faiss."""
-    return tuple(name for name in FAISS_DISTRIBUTIONS if _is_installed(name))
-
-
-def _is_installed(distribution: str) -> bool:
-    """Return whether a distribution of this name is installed."""
-    try:
-        importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    """Log a warning the first time it is given in this process."""
-    LOGGER.warning(message)
+def _float32_bank(tensors: Mapping[str, torch.Tensor], index: str, dimension: int) -> torch.Tensor:
+    """Return the bank [M, D] of a stored model that kept all its digits."""
+    kept = {FP16_BANK: "fp16", SQ8_BANK: "sq8"}
+    if FAISS_INDEX in tensors:
+        kept[FAISS_INDEX] = serialised_kind(tensors[FAISS_INDEX]) or "an unknown index"
+    if kept.get(FAISS_INDEX) == "ivf":
+        return float32_rows(tensors[FAISS_INDEX], dimension)
+    for name, stored in kept.items():
+        if name in tensors:
+            raise ConfigurationError(
+                f"the model keeps its memory bank as {stored}, --index {index} needs float32 values: leave --index "
+                "out, or train the model with it"
+            )
+    return stored_bank(tensors, MEMORY_BANK, torch.float32, dimension)

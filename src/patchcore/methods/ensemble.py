@@ -149,6 +149,8 @@ class Ensemble(AnomalyDetector):
                 "one training image does not tell the scale of an ensemble's members, expected two or more: "
                 "give more images, or --score_normalization minmax"
             )
+        for member in self.members:
+            member.require_rows_to_learn_from(loader.num_images)
         out_of_fold: dict[int, PatchScores] = {}
         buffers = Buffers(self.members[0].runtime.memory_budget_bytes, self.plan.scratch_folder)
         for group in self._groups():
@@ -318,7 +320,13 @@ def _build_embedders(config: EnsembleConfig, imagesize: int) -> list[PatchEmbedd
     for member in config.members:
         # What a member does with its embeddings plays no part.
         embedding = replace(
-            member, sampler=SamplerConfig(), num_nn=1, patchscore="max", score_reweighting=None, seed=None
+            member,
+            sampler=SamplerConfig(),
+            num_nn=1,
+            patchscore="max",
+            score_reweighting=None,
+            seed=None,
+            index="flat",
         )
         if embedding not in embedders:
             embedders[embedding] = PatchEmbedder(extractors[_network(member.backbone)], member)

@@ -22,14 +22,15 @@ from patchcore.detector import (
     Prediction,
     register_detector,
     require_images,
-    require_tensor,
 )
 from patchcore.errors import ConfigurationError, DataError
 from patchcore.features.extractor import FeatureExtractor, build_extractor
 from patchcore.features.patches import ConcatEmbedding, PooledEmbedding
 from patchcore.memory.buffers import Buffers
-from patchcore.memory.nearest_neighbours import NearestNeighbourScorer, build_nearest_neighbours, require_one_faiss
-from patchcore.memory.sampler import Sampler, build_sampler
+from patchcore.memory.faiss_search import require_trainable
+from patchcore.memory.nearest_neighbours import NearestNeighbourScorer, build_nearest_neighbours, restore_search
+from patchcore.memory.sampler import IdentitySampler, Sampler, build_sampler, num_selected
+from patchcore.memory.search import NearestNeighbours
 from patchcore.methods.training_features import EmbeddedImages, TrainingFeatures, embed_images, training_features
 from patchcore.runtime import derive_seed, progress
 from patchcore.scoring.anomaly_map import anomaly_maps, image_scores, patches_inside
@@ -77,6 +78,7 @@ class PatchEmbedder:
             dimensions = (config.pretrain_embed_dimension, config.target_embed_dimension)
             self.embedding = PooledEmbedding(channels, config.patchsizes, *dimensions)
         self.dimension = self.embedding.dimension
+        require_trainable(config.index, None, self.dimension, "memory bank")
 
     def to(self, device: torch.device) -> PatchEmbedder:
         """Move the network and the embedding to a device, in place, and return self."""
@@ -93,7 +95,7 @@ class PatchEmbedder:
 def require_search_and_sampler(config: PatchCoreConfig) -> None:
     """Raise ConfigurationError for a wrong sampler or installation of faiss, which must not cost a feature pass."""
     build_sampler(config.sampler.name, config.sampler.percentage)
-    require_one_faiss()
+    build_nearest_neighbours(False, None, torch.device("cpu"), config.index)
 
 
 @register_detector
@@ -107,9 +109,6 @@ class PatchCore(AnomalyDetector):
         source: What the model is trained on; its seed drives the coreset.
         runtime: How the machine computes.
         member: Number in an ensemble, so that equal members differ in their coresets; None outside.
-
-    Attributes:
-        memory_bank_: float32 [M, D], learned by `fit`.
     """
 
     method: ClassVar[str] = "patchcore"
@@ -156,8 +155,16 @@ class PatchCore(AnomalyDetector):
         Raises:
             DataError: There are no images, or fewer patches are kept than neighbours are asked for.
         """
+        self.require_rows_to_learn_from(loader.num_images)
         buffers = Buffers(self.runtime.memory_budget_bytes, self.plan.scratch_folder)
         return self.fit_embeddings(embed_images(loader, [self], buffers, f"{self.source.category}: features"))
+
+    def require_rows_to_learn_from(self, num_images: int) -> None:
+        """Raise DataError where so many images give a bank from which the index cannot be learned."""
+        num_patches = num_images * self.embedder.grid[0] * self.embedder.grid[1]
+        keeps_all = isinstance(self.sampler, IdentitySampler)
+        num_rows = num_patches if keeps_all else num_selected(num_patches, self.config.sampler.percentage)
+        require_trainable(self.config.index, num_rows, self.embedder.dimension, "memory bank")
 
     def fit_embeddings(self, images: EmbeddedImages) -> PatchCore:
         """Fill the memory bank with a coreset of patch embeddings, as `fit` does from images."""
@@ -176,23 +183,35 @@ class PatchCore(AnomalyDetector):
             seed = derive_seed(self.source.seed, self.source.category, *purpose)
         return torch.Generator().manual_seed(seed)
 
+    @property
+    def memory_bank_(self) -> torch.Tensor:
+        """The memory bank float32 [M, D] that `fit` learned, as far as the index has kept its digits."""
+        return self._require_fitted().nearest_neighbours.whole_bank()
+
     def _set_bank(self, bank: torch.Tensor) -> None:
-        self.memory_bank_ = bank
         self._scorer = self._fitted_scorer(bank, "memory bank", "lower it")
 
     def _fitted_scorer(self, bank: torch.Tensor, what: str, remedy: str) -> NearestNeighbourScorer:
+        self._require_neighbours(len(bank), what, remedy)
+        require_trainable(self.config.index, len(bank), self.embedder.dimension, what)
+        return NearestNeighbourScorer(self.config.num_nn, self._new_search()).fit(bank)
+
+    def _new_search(self) -> NearestNeighbours:
+        runtime = self.runtime
+        return build_nearest_neighbours(runtime.faiss_on_gpu, runtime.faiss_num_workers, self.device, self.config.index)
+
+    def _require_neighbours(self, num_rows: int, what: str, remedy: str) -> None:
+        """Raise DataError where a bank has fewer rows than the options ask for neighbours."""
         needs = [
             ("--anomaly_scorer_num_nn", self.config.num_nn),
             ("--score_reweighting", self.config.score_reweighting),
         ]
         for option, count in needs:
-            if count is not None and len(bank) < count:
+            if count is not None and num_rows < count:
                 raise DataError(
-                    f"the {what} has {len(bank)} patch(es), {option} {count} needs as many: keep more patches "
+                    f"the {what} has {num_rows} patch(es), {option} {count} needs as many: keep more patches "
                     f"(sampler -p) or {remedy}"
                 )
-        neighbours = build_nearest_neighbours(self.runtime.faiss_on_gpu, self.runtime.faiss_num_workers, self.device)
-        return NearestNeighbourScorer(self.config.num_nn, neighbours).fit(bank)
 
     def out_of_fold_calibration(self) -> Calibration | None:
         """Calibrate on the training images, each scored by a bank that has none of its patches.
@@ -315,19 +334,15 @@ class PatchCore(AnomalyDetector):
         return config_to_dict(self.config)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        self._require_fitted()
-        return {"memory_bank": self.memory_bank_}
+        return self._require_fitted().nearest_neighbours.tensors()
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Take over a stored memory bank.
+        """Take over a stored memory bank, which may have had another index if that kept float32 values.
 
         Raises:
             ConfigurationError: The bank does not fit the configuration.
+            DataError: It has fewer rows than the configuration asks for neighbours, or than the index learns from.
         """
-        bank = require_tensor(tensors, "memory_bank", ndim=2)
-        if bank.shape[1] != self.embedder.dimension or bank.dtype != torch.float32:
-            raise ConfigurationError(
-                f"memory bank has {bank.shape[1]} columns of {bank.dtype}, the configuration gives embeddings of "
-                f"{self.embedder.dimension} float32 values: the files belong to different models"
-            )
-        self._set_bank(bank)
+        search = restore_search(self._new_search(), self.config.index, tensors, self.embedder.dimension)
+        self._require_neighbours(search.num_rows_, "memory bank", "lower it")
+        self._scorer = NearestNeighbourScorer(self.config.num_nn, search)

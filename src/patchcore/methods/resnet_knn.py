@@ -23,7 +23,9 @@ from patchcore.detector import (
 from patchcore.errors import ConfigurationError, DataError
 from patchcore.features.extractor import FeatureExtractor
 from patchcore.features.layers import shared_extractor
-from patchcore.memory.nearest_neighbours import NearestNeighbours, build_nearest_neighbours, require_one_faiss
+from patchcore.memory.faiss_search import require_one_faiss
+from patchcore.memory.nearest_neighbours import build_nearest_neighbours
+from patchcore.memory.search import NearestNeighbours
 from patchcore.runtime import progress
 from patchcore.scoring.calibration import Calibration, calibrate
 
