@@ -14,6 +14,7 @@ import shutil
 import tempfile
 import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -178,8 +179,9 @@ def measure(case: Case) -> Measurement:
 
 def measure_apart(case: Case) -> Measurement:
     """Measure a case in a process of its own, which has held nothing before."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(measure, (case,))
+    # No multiprocessing.Pool: its processes may not start those that read images.
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(measure, case).result()
 
 
 def rendered(folder: Path, num_images: int, image_px: int = 256) -> Path:
