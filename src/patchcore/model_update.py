@@ -25,7 +25,8 @@ from patchcore.inference.inputs import find_inputs, require_inputs
 from patchcore.memory.buffers import Buffers
 from patchcore.memory.continued_coreset import continued_selection
 from patchcore.methods.ensemble import Ensemble
-from patchcore.methods.patchcore import PatchCore, PatchEmbedder, embed_images
+from patchcore.methods.patchcore import PatchCore, PatchEmbedder
+from patchcore.methods.training_features import embed_images
 from patchcore.prediction import StoredModel, prepare_stored, read_header
 from patchcore.runtime import available_cpus, derive_seed, progress, resolve_device, set_threads
 from patchcore.scoring.calibration import Calibration, MapStatistics, calibrate, fold_bounds

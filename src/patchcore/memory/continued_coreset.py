@@ -4,13 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from patchcore.memory.sampler import (
-    GreedyCoresetSampler,
-    Sampler,
-    greedy_selection,
-    num_selected,
-    project_features,
-)
+from patchcore.memory.sampler import GreedyCoresetSampler, Sampler, greedy_selection, num_selected
 
 ROWS_AT_ONCE = 4096  # bounds the distances that are held
 
@@ -39,7 +33,8 @@ def continued_selection(
     if not isinstance(sampler, GreedyCoresetSampler):
         return sampler.select(features, generator)
     sampler.reduce(features[:1], torch.Generator())  # refuses what no selection can be made from
-    points = project_features(torch.cat([bank, features]), generator)  # one projection, one centre
-    picked, rest = points[: len(bank)], points[len(bank) :]
-    distances = torch.cat([torch.cdist(rows, picked).amin(dim=1) for rows in rest.split(ROWS_AT_ONCE)])
+    points = sampler.reduce(torch.cat([bank, features]), generator)  # one projection, one centre
+    picked, rest = points[: len(bank)], points.subset(torch.arange(len(bank), len(points), device=points.device))
+    starts = range(0, len(rest), ROWS_AT_ONCE)
+    distances = torch.cat([torch.cdist(rest[i : i + ROWS_AT_ONCE], picked).amin(dim=1) for i in starts])
     return greedy_selection(rest, distances.square(), num_selected(len(rest), sampler.percentage))
