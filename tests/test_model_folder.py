@@ -20,6 +20,7 @@ import torch
 from conftest import IMAGE_PX, write_category
 from in_process import Finished, invoke
 from safetensors.torch import load_file, save_file
+from signed_model import as_format_1, sign
 
 from patchcore.cli import load_and_evaluate_patchcore
 from patchcore.configs import (
@@ -39,7 +40,6 @@ from patchcore.memory.nearest_neighbours import FaissNN, TorchNN
 from patchcore.methods.patchcore import PatchCore
 from patchcore.prediction import open_detector
 from patchcore.scoring.calibration import Calibration
-from patchcore.storage.manifest import with_manifest
 from patchcore.storage.model_folder import FORMAT_VERSION, ModelHeader, read_model_tensors, write_model_folder
 
 CPU = torch.device("cpu")
@@ -148,18 +148,6 @@ def test_a_model_without_calibration(trained: PatchCore, tmp_path: Path) -> None
 
 
 # ---------------------------------------------------------------- damage
-
-
-def sign(folder: Path) -> None:
-    """Give a changed folder a manifest that fits, as a program would that writes such folders; unreadable ones stay."""
-    path = folder / "model.json"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        del content["manifest"]
-    except (OSError, ValueError, TypeError, RecursionError):
-        return
-    path.unlink()
-    path.write_text(json.dumps(with_manifest(content, folder)), encoding="utf-8")
 
 
 def test_signing_alone_changes_nothing(folder: Path, trained: PatchCore, images: torch.Tensor) -> None:
@@ -350,9 +338,7 @@ def test_older_models_are_read_and_said_to_be_unverified(
     folder: Path, trained: PatchCore, images: torch.Tensor, data: Path, tmp_path: Path
 ) -> None:
     content = json.loads((folder / "model.json").read_text(encoding="utf-8"))
-    for name in ("manifest", "backbones", "libraries"):
-        del content[name]
-    (folder / "model.json").write_text(json.dumps({**content, "format_version": 1}), encoding="utf-8")
+    (folder / "model.json").write_text(json.dumps(as_format_1(content)), encoding="utf-8")
     done = evaluate(tmp_path / "save", [folder], data)
     assert done.code == 0
     assert [line for line in done.error_lines if "not verified" in line and str(folder) in line], done.err
