@@ -21,7 +21,7 @@ from PIL import Image
 from test_imports import MODULES, SOURCE
 from torchvision.models import resnet18
 
-from patchcore.cli import load_and_evaluate_patchcore
+from patchcore.cli import load_and_evaluate_patchcore, predict
 from patchcore.errors import ConfigurationError
 from patchcore.features.backbones import load_backbone
 from patchcore.prediction import open_detector
@@ -160,6 +160,20 @@ def test_ensembles_are_scaled_over_the_test_set(bank: np.ndarray, data: Path, tm
     np.testing.assert_allclose([float(row["score"]) for row in rows], expected, atol=1e-3)
 
 
+def test_predict_takes_them_too(bank: np.ndarray, data: Path, tmp_path: Path) -> None:
+    folder, images = write_original(tmp_path / "m", bank), data / "plate" / "test"
+    done = invoke(
+        predict, folder, images, "--out", tmp_path / "out", "--resize", IMAGE_PX, "--threads", 1, "--heat_maps", "none"
+    )
+    assert done.code == 0, done.err
+    rows = read_rows(tmp_path / "out" / "predictions.csv")
+    expected = np.sqrt(original_scores(bank, [Path(row["path"]) for row in rows], 3))
+    np.testing.assert_allclose([float(row["score"]) for row in rows], expected, rtol=1e-4)
+    assert len(rows) == 4 and {row["decision"] for row in rows} == {""}
+    untyped = invoke(predict, folder, images, "--out", tmp_path / "untyped")
+    assert untyped.code == 2 and "is not stored: type --resize" in untyped.err
+
+
 def test_the_index_is_what_faiss_writes(bank: np.ndarray, tmp_path: Path) -> None:
     faiss = pytest.importorskip("faiss")
     index = faiss.IndexFlatL2(bank.shape[1])
@@ -176,7 +190,7 @@ def test_what_is_typed_of_the_images_is_taken_and_has_to_fit(bank: np.ndarray, d
     published = write_original(tmp_path / "224", bank, input_shape=(3, 224, 224))
     assert read_original_header(published).preprocessing.resize_px == 256
     for dataset, words in (
-        ((), "type --resize and --imagesize 64"),
+        ((), "images have 64 px, but from which resize they were cut is not stored: type --resize"),
         (("--resize", 80, "--imagesize", 72), "--imagesize 72 was typed"),
         (("--resize", 48), "--resize 64 or more"),
     ):
@@ -301,17 +315,26 @@ def damaged_indices(bank: np.ndarray) -> dict[str, tuple[bytes, str]]:
         "negative": (header.pack(b"IxF2", -48, -30, 0, 0, 1, 1, 1440) + whole[header.size :], "damaged"),
         "gigantic": (header.pack(b"IxF2", 2**30, 2**40, 0, 0, 1, 1, 2**62), "damaged"),
         "gigantic and consistent": (header.pack(b"IxF2", 2**20, 2**40, 0, 0, 1, 1, 2**60), "it was cut off"),
-        "not a number": (flat_index(bank * np.nan), "NaN"),
     }
 
 
 @pytest.mark.parametrize("case", damaged_indices(np.zeros((30, 48))))
-def test_a_damaged_index(case: str, bank: np.ndarray, data: Path, tmp_path: Path) -> None:
+def test_a_damaged_index(case: str, bank: np.ndarray, tmp_path: Path) -> None:
     content, words = damaged_indices(bank)[case]
     folder = write_original(tmp_path / "m", bank)
     (folder / "nnscorer_search_index.faiss").write_bytes(content)
+    with pytest.raises(ConfigurationError) as refused:
+        read_original_tensors(folder)
+    assert words in str(refused.value) and "nnscorer_search_index.faiss" in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("content", [b"IwPQ", flat_index(np.full((30, 48), np.nan))])
+def test_a_damaged_index_is_found_before_any_work(content: bytes, bank: np.ndarray, data: Path, tmp_path: Path) -> None:
+    folder = write_original(tmp_path / "m", bank)
+    (folder / "nnscorer_search_index.faiss").write_bytes(content)
     done = evaluate(tmp_path / "out", [folder], data, *READING, "-d", "plate")
-    assert done.code == 2 and len(done.error_lines) <= 2 and words in done.err, done.err
+    assert done.code == 2 and str(folder) in done.error_lines[-1] and not (tmp_path / "out").exists()
 
 
 def test_missing_and_mixed_files(bank: np.ndarray, tmp_path: Path) -> None:

@@ -430,6 +430,14 @@ def test_weights_that_were_moved_are_named_anew(
         open_detector(model, CPU)
 
 
+def test_what_was_resampled_plays_no_part_in_the_hash(tmp_path: Path) -> None:
+    """Its last digits depend on the machine; everything else is the same for each size of the images."""
+    name, file = "timm:vit_tiny_patch16_224", tmp_path / "vit.safetensors"
+    save_file(load_backbone(name, "random").module.state_dict(), file)
+    weights = [load_backbone(name, str(file), 0, size).weights for size in (96, 128, 224)]
+    assert weights[0] == weights[1] != weights[2]  # position embeddings of their own size count
+
+
 def test_an_export_vouches_for_itself(trained: PatchCore, original: Path, tmp_path: Path) -> None:
     export = tmp_path / "model.pth"
     export.write_bytes(trained.torch_export())
