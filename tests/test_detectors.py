@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from patchcore.configs import (
 )
 from patchcore.detector import DETECTORS, AnomalyDetector, NotFittedError
 from patchcore.prediction import open_detector
+from patchcore.storage.model_folder import read_model_header
 
 CPU = torch.device("cpu")
 PREPROCESSING = PreprocessingConfig(64, 64)
@@ -110,6 +112,9 @@ def check_contract(method: str, config: Any, folder: Path) -> None:
     np.testing.assert_allclose(alone, prediction.scores, rtol=1e-5)
 
     detector.save(folder)
+    stored = read_model_header(folder)
+    assert stored.backbones == detector.backbones()
+    assert bool(stored.backbones) == ('"layers"' in json.dumps(stored.config)), "which weights have its backbones?"
     loaded = open_detector(folder, CPU)
     again = loaded.predict(mixed)
     np.testing.assert_allclose(again.scores, prediction.scores, rtol=1e-6)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from signed_model import sign
 
 from patchcore.configs import (
     BackboneConfig,
@@ -146,11 +147,15 @@ def test_swapped_renamed_and_foreign_files_are_refused(tmp_path: Path) -> None:
     contents = first.read_bytes(), second.read_bytes()
     first.write_bytes(contents[1])
     second.write_bytes(contents[0])
-    with pytest.raises(ConfigurationError, match="swapped or renamed"):
+    with pytest.raises(
+        ConfigurationError, match=r"Ensemble-1-2_search_index.safetensors is not the file that was written"
+    ):
         open_detector(tmp_path / "m", CPU)
     first.write_bytes(contents[0])
     second.write_bytes(contents[0])
-    with pytest.raises(ConfigurationError, match=r"Ensemble-2-2.* was written as 'Ensemble-1-2"):
+    with pytest.raises(
+        ConfigurationError, match=r"Ensemble-2-2_search_index.safetensors is not the file that was written"
+    ):
         open_detector(tmp_path / "m", CPU)
 
 
@@ -173,7 +178,7 @@ def test_thresholds_beside_minmax_are_refused(tmp_path: Path) -> None:
 def test_a_missing_member_is_named(tmp_path: Path) -> None:
     build(RESNET, LITE).fit(Batches(TRAIN)).save(tmp_path / "m")
     (tmp_path / "m" / "Ensemble-2-2_search_index.safetensors").unlink()
-    with pytest.raises(ConfigurationError, match="member Ensemble-2-2"):
+    with pytest.raises(ConfigurationError, match=r"Ensemble-2-2_search_index.safetensors is missing"):
         open_detector(tmp_path / "m", CPU)
 
 
@@ -189,6 +194,7 @@ def test_stored_parts_that_do_not_fit_are_refused(change: dict[str, object], tmp
         header = json.loads((tmp_path / "m" / "model.json").read_text())
         header["config"]["members"].pop()
         (tmp_path / "m" / "model.json").write_text(json.dumps(header))
+        sign(tmp_path / "m")
         with pytest.raises(ConfigurationError, match="two or more"):
             open_detector(tmp_path / "m", CPU)
         return

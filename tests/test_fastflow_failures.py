@@ -13,6 +13,7 @@ import torch
 from conftest import write_category
 from in_process import read_rows
 from PIL import Image
+from signed_model import as_format_1
 from small_fastflow import evaluate, same_weights, tensors_of, train
 
 from patchcore.configs import TrainingConfig
@@ -227,10 +228,11 @@ def test_a_tensor_that_makes_no_flow_is_named(case: str, clean: Path, data: Path
     (export,) = (clean / "models" / "mpdd_plate").glob("*.pth")
     content = torch.load(export, weights_only=True)
     content["state_dict"][name] = change(content["state_dict"][name])
-    torch.save(content, tmp_path / "model.pth")
+    torch.save({**content, "model": as_format_1(content["model"])}, tmp_path / "model.pth")
     terminal = evaluate(tmp_path / "out", data, tmp_path / "model.pth")
     assert terminal.code == 2
-    (line,) = terminal.error_lines
+    unverified, line = terminal.error_lines
+    assert "not verified" in unverified
     assert f"{name} " in line and message in line
     assert not (tmp_path / "out").exists()
 

@@ -15,7 +15,8 @@ from patchcore.cli import run_fastflow
 from patchcore.methods.fastflow import FastFlow
 from patchcore.methods.normalizing_flow import FastFlowNet
 from patchcore.presets import Preset
-from patchcore.storage.torch_export import read_torch_file
+from patchcore.storage.model_folder import header_from_mapping
+from patchcore.storage.torch_export import read_torch_file, torch_export_bytes
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +174,8 @@ def wrong_models(export: Path, folder: Path) -> dict[str, tuple[Path | str, str]
     narrow = {
         name: tensor[:, :1] if name.endswith("2.weight") else tensor for name, tensor in whole["state_dict"].items()
     }
-    torch.save({**whole, "state_dict": narrow}, folder / "narrow.pth")
+    (folder / "narrow.pth").write_bytes(torch_export_bytes(header_from_mapping(whole["model"], export), narrow))
+    torch.save({**whole, "state_dict": narrow}, folder / "edited.pth")
     torch.save(torch.nn.Linear(1, 1), folder / "objects.pth")
     torch.save([1, 2], folder / "list.pth")
     torch.save({"epoch": 3}, folder / "values.pth")
@@ -188,6 +190,7 @@ def wrong_models(export: Path, folder: Path) -> dict[str, tuple[Path | str, str]
         "objects": (folder / "objects.pth", "cannot be read as plain values and tensors (UnpicklingError)"),
         "a list": (folder / "list.pth", "holds list, expected a dictionary"),
         "values": (folder / "values.pth", "holds epoch, expected an export of a model"),
+        "edited": (folder / "edited.pth", "edited.pth' was edited or damaged after it was written"),
         "other shapes": (folder / "narrow.pth", "subnet.2.weight is [24, 1, 3, 3] instead of [24, 12, 3, 3]"),
     }
 

@@ -142,21 +142,30 @@ def prepare_stored(header: ModelHeader, where: str, runtime: RuntimeConfig) -> D
         raise ConfigurationError(f"model {where!r}: {error}") from error
 
 
-def open_detector(path: Path, device: torch.device, runtime: RuntimeConfig | None = None) -> AnomalyDetector:
+def open_detector(
+    path: Path, device: torch.device, runtime: RuntimeConfig | None = None, resize_px: int | None = None
+) -> AnomalyDetector:
     """Read any stored model that says what it is.
 
     Args:
-        path: A folder that `AnomalyDetector.save` wrote, or the export of a model.
+        path: A folder that `AnomalyDetector.save` wrote, one of the original PatchCore, or the export of a model.
         device: Where the model shall run.
         runtime: How the machine computes.
+        resize_px: The model's resize, which folders of the original do not store; None for what is stored.
 
     Raises:
-        ConfigurationError: There is no model, it is damaged, a bare state dict, or belongs to an unknown method.
+        ConfigurationError: There is no model, it is damaged, a bare state dict, belongs to an unknown method, or has
+            another resize.
     """
-    header = read_header(path)
+    header = read_header(path, {"resize_px": resize_px})
     if header is None:
         raise ConfigurationError(
             f"{str(path)!r} is a bare state dict, which does not say what it belongs to: give the model folder"
+        )
+    if resize_px is not None and header.preprocessing.resize_px != resize_px:
+        raise ConfigurationError(
+            f"--resize {resize_px} was typed, but model {str(path)!r} was trained with "
+            f"{header.preprocessing.resize_px}: leave --resize out"
         )
     warn_unverified({path: header})
     builder = prepare_stored(header, str(path), runtime or RuntimeConfig())

@@ -48,6 +48,9 @@ PRECISION_OPTION = click.option(
         show_default=True,
         help="With --watch: seconds until a file that cannot be read counts as broken.",
     ),
+    click.option(
+        "--resize", type=int, default=None, help="The model's; folders of the original PatchCore do not store it."
+    ),
     *RUNTIME_OPTIONS,
     PRECISION_OPTION,
     click.option("--batch_size", type=int, default=8, show_default=True, help="Images that the model takes at once."),
@@ -66,6 +69,7 @@ def predict(
     fail_on_defect: bool,
     watch: bool,
     patience: float,
+    resize: int | None,
     gpus: tuple[int, ...],
     device: str,
     threads: int | None,
@@ -98,6 +102,7 @@ def predict(
         batch_size=batch_size,
         num_workers=num_workers,
         needs_decision=fail_on_defect,
+        resize_px=resize,
     )
     say, tell = (_aside, announce) if as_json else (announce, None)
     tally = watch_files(job, say, tell, patience) if watch else predict_files(job, say, tell)

@@ -341,6 +341,7 @@ def load_detector(
     precision: str = "float32",
     batch_size: int = BATCH_SIZE,
     num_workers: int | None = None,
+    resize: int | None = None,
 ) -> LoadedDetector:
     """Open a stored model of any method for new images.
 
@@ -351,16 +352,19 @@ def load_detector(
         precision: Numbers that the backbone computes with: "float32", "bf16", "fp16" or "auto".
         batch_size: Images that the model takes at once.
         num_workers: Threads that read images; None for one per CPU core.
+        resize: The model's resize, px, which folders of the original PatchCore do not store.
 
     Raises:
         ConfigurationError: There is no such model or device, or the model's scores say nothing of a single image.
     """
     runtime = RuntimeConfig(device, threads=threads, precision=precision)
-    return load_with(Path(folder), runtime, batch_size, num_workers)
+    return load_with(Path(folder), runtime, batch_size, num_workers, resize)
 
 
-def load_with(model: Path, runtime: RuntimeConfig, batch_size: int, num_workers: int | None) -> LoadedDetector:
+def load_with(
+    model: Path, runtime: RuntimeConfig, batch_size: int, num_workers: int | None, resize_px: int | None = None
+) -> LoadedDetector:
     """Open a stored model to compute as `runtime` says."""
     set_threads(runtime.threads)
-    detector = open_detector(model, resolve_device(runtime.device, runtime.gpus), runtime)
+    detector = open_detector(model, resolve_device(runtime.device, runtime.gpus), runtime, resize_px)
     return LoadedDetector(detector, batch_size, num_workers)

@@ -51,6 +51,7 @@ class PredictionJob:
         batch_size: Images that the model takes at once.
         num_workers: Threads that read images and write outputs; None for one per CPU core.
         needs_decision: Whether a model without thresholds is an error.
+        resize_px: The model's resize, which folders of the original PatchCore do not store; None for what is stored.
     """
 
     model: Path
@@ -62,6 +63,7 @@ class PredictionJob:
     batch_size: int = BATCH_SIZE
     num_workers: int | None = None
     needs_decision: bool = False
+    resize_px: int | None = None
 
 
 @dataclass
@@ -166,7 +168,7 @@ def opened_recorder(job: PredictionJob, announce: Callable[[str], None], watchin
         ConfigurationError: Wrong arguments, found before any image is scored.
     """
     require_inputs(job.inputs, job.out, may_be_empty=watching)
-    loaded = load_with(job.model, job.runtime, job.batch_size, job.num_workers)
+    loaded = load_with(job.model, job.runtime, job.batch_size, job.num_workers, job.resize_px)
     region = loaded.region(job.roi)
     _say_what_is_missing(job, loaded, announce)
     with _kept_for_this_call(job.out), loaded.workers() as pool:

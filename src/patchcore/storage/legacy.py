@@ -211,8 +211,8 @@ def _preprocessing(imagesize_px: int, typed: Mapping[str, Any]) -> Preprocessing
     if resize_px is None:
         if imagesize_px != PUBLISHED_PREPROCESSING.imagesize_px:
             raise ConfigurationError(
-                f"its images have {imagesize_px} px, but not stored is from which resize they were cut: type --resize "
-                f"and --imagesize {imagesize_px} behind dataset"
+                f"its images have {imagesize_px} px, but from which resize they were cut is not stored: type --resize, "
+                "such as 366 of the published models for 320 px"
             )
         resize_px = PUBLISHED_PREPROCESSING.resize_px
     return PreprocessingConfig(resize_px, imagesize_px, typed.get("resize_mode") or "shorter")

@@ -7,6 +7,7 @@ write a manifest that fits.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import platform
 from collections.abc import Collection, Mapping
@@ -20,7 +21,8 @@ from patchcore.digests import sha256_of_file, sha256_of_json
 from patchcore.errors import ConfigurationError
 
 MANIFEST = "manifest"
-LIBRARIES = ("torch", "torchvision", "timm", "numpy", "safetensors")  # what a model's numbers go through
+# What the numbers of a model go through; faiss where it is installed, as it writes compressed indices.
+LIBRARIES = ("torch", "torchvision", "timm", "numpy", "safetensors", "faiss-cpu", "faiss-gpu")
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,11 @@ class Manifest:
 
 def library_versions() -> dict[str, str]:
     """Return the versions that a model is written with."""
-    versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
-    return {"patchcore": patchcore.__version__, "python": platform.python_version(), **versions}
+    versions = {"patchcore": patchcore.__version__, "python": platform.python_version()}
+    for name in LIBRARIES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
 
 
 def with_manifest(content: Mapping[str, Any], folder: Path) -> dict[str, Any]:
