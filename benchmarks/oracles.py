@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from flat_index import flat_index
 from reference import smooth_maps
 
 from patchcore.runtime import derive_seed, progress
@@ -61,13 +62,10 @@ def out_of_fold_thresholds(
         folds: Image numbers of each fold.
         imagesize: Side of the anomaly maps, px.
     """
-    import faiss
-
     side = int(embeddings.shape[1] ** 0.5)
     scores, maxima = [], []
     for bank, images in zip(banks, progress(folds, "thresholds by flat search"), strict=True):
-        index = faiss.IndexFlatL2(bank.shape[1])
-        index.add(bank)
+        index = flat_index(bank, torch.get_num_threads())
         for image in images:
             distances = nearest_distances(embeddings[image].numpy(), bank, index)  # [P]
             scores.append(distances.max())

@@ -19,10 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import faiss
 import numpy as np
 import torch
 import torch.nn.functional as F
+from flat_index import flat_index
 from PIL import Image
 from scipy.ndimage import gaussian_filter, label
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score, roc_curve
@@ -286,10 +286,7 @@ class ReferencePatchCore:
 
     def set_bank(self, bank: np.ndarray) -> None:
         """Put a memory bank float32 [M, D] into a flat index."""
-        faiss.omp_set_num_threads(self.threads)
-        torch.set_num_threads(self.threads)  # the two share a number
-        self.index = faiss.IndexFlatL2(bank.shape[1])
-        self.index.add(bank)
+        self.index = flat_index(bank, self.threads)
 
     def predict(self, images: ReferenceImages) -> ReferenceScores:
         """Score images, two at a time."""

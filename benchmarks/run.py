@@ -17,6 +17,7 @@ from pathlib import Path
 import runs
 import stages
 import torch
+from flat_index import tell_faiss_the_processor
 from material import Material, Settings, demo_data
 from results import README, RESULTS, Row, environment, markdown_table, update_results, write_between_markers
 
@@ -137,6 +138,7 @@ def main() -> int:
         names = chosen_groups(options.rows, options.full)
         settings = settings_of(options)
         set_threads(options.threads)
+        tell_faiss_the_processor()
         with tempfile.TemporaryDirectory(prefix="patchcore-benchmark-") as folder:
             fine = measure(names, Material(settings, Path(folder)), options.results, options.readme)
     except (ConfigurationError, DataError) as error:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import click
-import faiss
 import numpy as np
 import oracles
 import torch
@@ -327,7 +326,6 @@ def calibration(material: Material) -> list[Row]:
 def exact_thresholds(material: Material) -> dict[str, float]:
     """Return the thresholds that flat search gives with a bank for each fold, chosen without the fold's images."""
     s = material.settings
-    faiss.omp_set_num_threads(s.threads)
     embeddings = material.embeddings
     points = material.points(embeddings).view(*embeddings.shape[:2], -1)  # [N, P, R]
     folds = oracles.fold_images(len(embeddings), SEED, s.category)
