@@ -11,12 +11,12 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import runs
 import stages
-import torch
 from flat_index import tell_faiss_the_processor
 from material import Material, Settings, demo_data
 from results import README, RESULTS, Row, environment, markdown_table, update_results, write_between_markers
@@ -45,10 +45,12 @@ ORDER = (
     "embedding",
     "metrics",
     "fit",
+    "peers_fit",
     "predict_small",
     "predict_flat",
     "predict_projected",
     "predict_auto",
+    "peers_test",
     "calibration",
     "pictures",
     "help",
@@ -98,42 +100,55 @@ def settings_of(options: argparse.Namespace) -> Settings:
     return Settings(data, options.category, f"{name}/{options.category}", options.threads, options.rounds)
 
 
-def measure(names: Sequence[str], material: Material, results: Path, readme: Path | None) -> bool:
-    """Measure groups of rows, keep each as soon as it is there, and print the table.
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Give a parser the options that every measurement on a data set has."""
+    parser.add_argument("--data", type=Path, help="folder that holds the class, in the layout of MPDD")
+    parser.add_argument("--category", default=DEFAULT_CATEGORY, help="the class (%(default)s)")
+    parser.add_argument("--threads", type=int, default=2, help="of torch and faiss (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="repetitions, of which the median counts (%(default)s)")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="file of all rows")
+    parser.add_argument("--readme", type=Path, default=README, help="Markdown file whose table is renewed")
+
+
+def report(rows: Sequence[Row], where: Mapping[str, Any], results: Path, readme: Path) -> None:
+    """Keep rows beside those measured before, renew the table, and print what is new.
+
+    Args:
+        rows: What was measured.
+        where: Of `environment`.
+        results: File of all rows.
+        readme: File whose table is renewed.
+    """
+    known = update_results(rows, where, results)
+    write_between_markers(markdown_table(known, ORDER), "table", readme)
+    print(markdown_table({row.name: known[row.name] for row in rows}, ORDER), flush=True)
+
+
+def measure(names: Sequence[str], material: Material, results: Path, readme: Path) -> bool:
+    """Measure groups of rows, keep each as soon as it is there, and return whether all is as it should be.
 
     Args:
         names: Groups.
         material: What is measured.
         results: File of all rows.
-        readme: File whose table is renewed; None leaves it as it is.
-
-    Returns:
-        Whether every goal was met and every condition holds.
+        readme: File whose table is renewed.
     """
     where = environment(material.settings.data_name, material.settings.threads)
     fine = True
     for name in progress(names, "benchmark"):
         rows = GROUPS[name](material)
-        known = update_results(rows, where, results)
+        report(rows, where, results, readme)
         fine = fine and all(row.meets_goal and row.holds for row in rows)
-        print(markdown_table({row.name: known[row.name] for row in rows}, ORDER), flush=True)
-        if readme is not None:
-            write_between_markers(markdown_table(known, ORDER), "table", readme)
     return fine
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Measure what was asked for and return the exit code: 1 if a goal was missed or a condition does not hold."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="folder that holds the class, in the layout of MPDD")
-    parser.add_argument("--category", default=DEFAULT_CATEGORY, help="the class (%(default)s)")
     parser.add_argument("--rows", help=f"some of {','.join(GROUPS)}; all but {','.join(LONG)} if left out")
     parser.add_argument("--full", action="store_true", help="the long ones too")
-    parser.add_argument("--threads", type=int, default=2, help="of torch and faiss (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="repetitions, of which the median counts (%(default)s)")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="file of all rows")
-    parser.add_argument("--readme", type=Path, default=README, help="Markdown file whose table is renewed")
-    options = parser.parse_args()
+    add_options(parser)
+    options = parser.parse_args(arguments)
     try:
         names = chosen_groups(options.rows, options.full)
         settings = settings_of(options)
@@ -148,5 +163,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    torch.manual_seed(0)
     sys.exit(main())
