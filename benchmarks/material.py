@@ -172,6 +172,13 @@ class Material:
         parts = [detector.predict(batch["image"]) for batch in self.loader(DatasetSplit.TEST)]
         return detector.join(parts)
 
+    @property
+    def maps(self) -> np.ndarray:
+        """Return the anomaly maps float32 [N, S, S] of the test images by the toolkit."""
+        maps = self.prediction.maps
+        assert maps is not None
+        return maps
+
     @cached_property
     def test_images(self) -> torch.Tensor:
         """Return the test images uint8 [N, 3, S, S]."""

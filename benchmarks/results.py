@@ -138,11 +138,11 @@ def markdown_table(rows: Mapping[str, Any], order: Sequence[str]) -> str:
         order: Names in the order of the table; others follow by name.
     """
     names = [name for name in order if name in rows] + sorted(set(rows) - set(order))
-    places = list(dict.fromkeys(_place(rows[name]["on"]) for name in names))
+    places = list(dict.fromkeys(environment_line(rows[name]["on"]) for name in names))
     lines = ["| stage | ours | compared with | ratio | goal | condition | measured |", "|---|---|---|---|---|---|---|"]
     for name in names:
         row = rows[name]
-        mark = f" [{places.index(_place(row['on'])) + 1}]" if len(places) > 1 else ""
+        mark = f" [{places.index(environment_line(row['on'])) + 1}]" if len(places) > 1 else ""
         cells = [
             _with_note(row["stage"], row["note"]) + mark,
             f"{row['ours']:.3g} {row['unit']}",
@@ -171,7 +171,8 @@ def _goal(row: Mapping[str, Any]) -> str:
     return f"<= {row['at_most']:g}x" if row["at_most"] is not None else ""
 
 
-def _place(where: Mapping[str, Any]) -> str:
+def environment_line(where: Mapping[str, Any]) -> str:
+    """Return in one sentence what `environment` found."""
     versions = ", ".join(f"{name} {number}" for name, number in where["versions"].items())
     return (
         f"Measured on {where['date']}: {where['data']}; {where['machine']}, {where['threads']} threads; "
