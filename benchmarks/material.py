@@ -156,7 +156,7 @@ class Material:
 
     def points(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Return what the coreset of embeddings [N, P, D] is chosen from, float32 [N * P, 128]."""
-        return self.detector().sampler.reduce(embeddings.flatten(0, 1), self.generator("coreset"))
+        return self.detector().sampler.reduce(embeddings.flatten(0, 1), self.generator("coreset"))[:]
 
     @cached_property
     def fitted(self) -> PatchCore:

@@ -21,6 +21,7 @@ from results import Row
 
 from patchcore.cli import load_and_evaluate_patchcore, run_patchcore
 from patchcore.datasets.inspection import DatasetSplit
+from patchcore.memory.points import Points
 from patchcore.storage.model_folder import read_model_header
 
 REPOSITORY = Path(__file__).parents[1]
@@ -333,7 +334,7 @@ def exact_thresholds(material: Material) -> dict[str, float]:
     banks = []
     for number, fold in enumerate(folds):
         rest = np.setdiff1d(np.arange(len(embeddings)), fold)
-        picks = sampler.select_reduced(points[rest].flatten(0, 1), material.generator("fold", number))
+        picks = sampler.select_reduced(Points(points[rest].flatten(0, 1)), material.generator("fold", number))
         banks.append(embeddings[rest].flatten(0, 1)[picks].numpy())
     return oracles.out_of_fold_thresholds(embeddings, banks, folds, s.preprocessing.imagesize_px)
 

@@ -26,6 +26,7 @@ from stages import write_figures, write_pictures
 from patchcore.datasets.inspection import DatasetSplit
 from patchcore.errors import ConfigurationError, DataError
 from patchcore.evaluation.summary import class_metrics
+from patchcore.memory.points import Points
 from patchcore.memory.sampler import num_selected
 from patchcore.runtime import set_threads
 from patchcore.scoring.anomaly_map import anomaly_maps
@@ -59,7 +60,7 @@ def toolkit_shares(material: Material) -> dict[str, Seconds]:
     clock = StageSeconds()
     embeddings = _embedded_in_stages(material, DatasetSplit.TRAIN, clock)
     points = material.points(embeddings)
-    picks = detector.sampler.select_reduced(points, material.generator("selection"))
+    picks = detector.sampler.select_reduced(Points(points), material.generator("selection"))
     assert len(picks) == num_selected(len(points), material.settings.percentage)
     clock.end("coreset")
     detector.restore({"memory_bank": embeddings.flatten(0, 1)[picks]})

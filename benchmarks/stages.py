@@ -19,6 +19,7 @@ from patchcore.datasets.inspection import DatasetSplit
 from patchcore.evaluation.plots.pictures import FAST_COMPRESSION, Caption, HeatScale, png_bytes, segmentation_picture
 from patchcore.evaluation.summary import class_metrics
 from patchcore.features.patches import PooledEmbedding
+from patchcore.memory.points import Points
 from patchcore.memory.sampler import ApproximateGreedyCoresetSampler, num_selected
 from patchcore.runtime import in_threads, peak_memory_megabytes, reset_peak_memory, set_threads
 from patchcore.storage.files import write_bytes
@@ -59,12 +60,12 @@ def _coreset_row(
     starts = reference.start_rows(num_points, material.generator("selection"))
     sampler = ApproximateGreedyCoresetSampler(settings.percentage)
     work = {
-        "ours": timed(lambda: sampler.select_reduced(points, material.generator("selection"))),
+        "ours": timed(lambda: sampler.select_reduced(Points(points), material.generator("selection"))),
         "reference": timed(lambda: reference.greedy_coreset(points, starts, steps)),
     }
     seconds = alternating(work, settings.rounds, name, warm_up=False)
     whole = seconds["reference"] * num_picks / steps
-    picks = sampler.select_reduced(points, material.generator("selection")).numpy()
+    picks = sampler.select_reduced(Points(points), material.generator("selection")).numpy()
     shared = oracles.overlap(picks, oracles.greedy_in_float64(points, starts, num_picks))
     extra = _extra_memory(points, settings.percentage, settings.threads)
     limit = "" if max_extra_memory is None else f"; extra memory <= {max_extra_memory:.0%} of the points"
@@ -97,10 +98,10 @@ def _peak_of_selection(points: np.ndarray, percentage: float, threads: int) -> f
     set_threads(threads)
     held = torch.from_numpy(points)
     sampler = ApproximateGreedyCoresetSampler(percentage)
-    sampler.select_reduced(held[:2000], torch.Generator())  # libraries allocate their buffers once
+    sampler.select_reduced(Points(held[:2000]), torch.Generator())  # libraries allocate their buffers once
     reset_peak_memory()
     before = peak_memory_megabytes()
-    sampler.select_reduced(held, torch.Generator())
+    sampler.select_reduced(Points(held), torch.Generator())
     return 1e6 * (peak_memory_megabytes() - before)
 
 

@@ -23,6 +23,7 @@ from patchcore.datasets.inspection import DatasetSplit
 from patchcore.errors import ConfigurationError
 from patchcore.evaluation.summary import class_metrics
 from patchcore.features.patches import PooledEmbedding
+from patchcore.memory.points import Points
 from patchcore.memory.sampler import ApproximateGreedyCoresetSampler
 
 BENCHMARKS = REPOSITORY / "benchmarks"
@@ -151,7 +152,7 @@ def test_the_published_coreset_is_the_toolkits_and_that_of_float64(load: Any) ->
     reference, oracles = load("reference"), load("oracles")
     points = torch.randn(600, 16, generator=torch.Generator().manual_seed(3))
     sampler = ApproximateGreedyCoresetSampler(0.25)
-    ours = sampler.select_reduced(points, torch.Generator().manual_seed(4)).numpy()
+    ours = sampler.select_reduced(Points(points), torch.Generator().manual_seed(4)).numpy()
     starts = reference.start_rows(len(points), torch.Generator().manual_seed(4))
     np.testing.assert_array_equal(ours, reference.greedy_coreset(points, starts, 150))
     np.testing.assert_array_equal(ours, oracles.greedy_in_float64(points, starts, 150))
