@@ -108,9 +108,9 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A class of a dozen images in thumbnail size, and a backbone with random weights."""
+    """A class of four images in thumbnail size, and a backbone with random weights."""
     root = tmp_path_factory.mktemp("tiny")
-    write_category(root / "data", "plate", num_train=4, num_test=2)
+    write_category(root / "data", "plate", num_train=2, num_test=1)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(BENCHMARKS))
         material = importlib.import_module("material")
@@ -132,7 +132,7 @@ def small_sizes(load: Any, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The module of the stages with maps of a thumbnail, and threads where it has processes."""
     stages: ModuleType = load("stages")
     monkeypatch.setattr(stages, "EMBEDDED_MAPS", ((24, 8), (48, 4)))
-    monkeypatch.setattr(stages, "LARGE_IMAGES", 6)
+    monkeypatch.setattr(stages, "LARGE_IMAGES", 3)
     monkeypatch.setattr(stages.multiprocessing, "get_context", lambda method: SimpleNamespace(Pool=ThreadPool))
     return stages
 
@@ -206,10 +206,11 @@ def test_metrics_of_scikit_learn_are_the_toolkits(load: Any) -> None:
         assert value == pytest.approx(ours[name], abs=1e-9), name
 
 
-@pytest.mark.parametrize(
-    "group",
-    ["calibration", "coreset", "coreset_large", "embedding", "fit", "metrics", "pictures", "predict", "start"],
-)
+FAST_GROUPS = ("calibration", "coreset", "embedding", "fit", "metrics", "pictures", "predict")
+SLOW_GROUPS = ("coreset_large", "start")
+
+
+@pytest.mark.parametrize("group", [*FAST_GROUPS, *(pytest.param(g, marks=pytest.mark.slow) for g in SLOW_GROUPS)])
 def test_rows_of_a_group_hold_their_conditions(group: str, tiny: Any, load: Any, small_sizes: ModuleType) -> None:
     run = load("run")
     rows = run.GROUPS[group](tiny)
@@ -220,8 +221,7 @@ def test_rows_of_a_group_hold_their_conditions(group: str, tiny: Any, load: Any,
 
 
 def test_every_group_is_tested(load: Any) -> None:
-    marks = test_rows_of_a_group_hold_their_conditions.pytestmark  # type: ignore[attr-defined]
-    assert set(load("run").GROUPS) == set(marks[0].args[1])
+    assert set(load("run").GROUPS) == {*FAST_GROUPS, *SLOW_GROUPS}
 
 
 def a_row(load: Any, name: str = "coreset", **changes: Any) -> Any:
