@@ -1,11 +1,12 @@
 # make demo   install, render the demo data, train and evaluate three methods, compare them in report.html
 # make test   the fast tests
+# make bench  measure speed and memory; DATA=/path/to/mpdd CATEGORY=metal_plate for other images than the demo set's
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint
+.PHONY: demo test test-slow lint bench bench-full bench-peers
 
 # The stamp is younger than what it was installed from, so that a second call installs nothing.
 $(INSTALLED): setup.py requirements.txt
@@ -46,3 +47,24 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 	$(BIN)/shellcheck -x bash/*.sh sample_*.sh
 	$(BIN)/oxlint --deny-warnings -D correctness -D suspicious src/patchcore/report_html
+
+CATEGORY ?= metal_plate
+MEASURED := $(if $(DATA),--data "$(DATA)") --category "$(CATEGORY)"
+PEERS := .venv-peers
+
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/run.py $(MEASURED)
+	$(BIN)/python benchmarks/stage_shares.py $(MEASURED)
+
+bench-full: bench
+	$(BIN)/python benchmarks/run.py --rows coreset_large $(MEASURED)
+	$(BIN)/python benchmarks/fastflow.py
+	$(BIN)/python benchmarks/fastflow_tiles.py
+
+bench-peers: $(INSTALLED) $(PEERS)/.installed
+	$(BIN)/python benchmarks/peers.py --python $(PEERS)/bin/python $(MEASURED)
+
+$(PEERS)/.installed: benchmarks/requirements-peers.txt
+	$(PYTHON) -m venv --clear $(PEERS)
+	$(PEERS)/bin/python -m pip install --progress-bar on -r benchmarks/requirements-peers.txt
+	touch $@
