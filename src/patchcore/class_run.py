@@ -42,6 +42,7 @@ from patchcore.storage.torch_export import read_state, state_bytes
 
 LOGGER = logging.getLogger(__name__)
 
+PIXELS_PER_PASS = 2**19  # ten images of 224 px: networks take longer per image with fewer, and not less with more
 LATENCY_IMAGES = 20
 LATENCY_WARMUP = 2
 LATENCY_SECONDS = 10  # of measuring, after which LATENCY_IMAGES_AT_LEAST are enough
@@ -230,7 +231,7 @@ def open_validation(config: DatasetConfig, path: str, category: str) -> Inspecti
 
 def _loader(task: ClassTask, dataset: InspectionDataset) -> ImageLoader:
     pin_memory = task.device.type == "cuda"
-    return ImageLoader(dataset, task.dataset.batch_size, task.dataset.num_workers, pin_memory)
+    return ImageLoader(dataset, task.dataset.batch_size, task.dataset.num_workers, pin_memory, PIXELS_PER_PASS)
 
 
 def _calibrate(
