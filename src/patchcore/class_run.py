@@ -64,6 +64,11 @@ class ClassTask:
     def row_name(self, category: str) -> str:
         return f"{self.dataset.name}_{category}"
 
+    @property
+    def images_per_pass(self) -> int:
+        """Images that the model gets at once: --batch_size, or more where that is too few to keep it busy."""
+        return max(self.dataset.batch_size, PIXELS_PER_PASS // self.dataset.preprocessing.imagesize_px**2)
+
 
 @dataclass(frozen=True)
 class _TestResult:
@@ -231,7 +236,7 @@ def open_validation(config: DatasetConfig, path: str, category: str) -> Inspecti
 
 def _loader(task: ClassTask, dataset: InspectionDataset) -> ImageLoader:
     pin_memory = task.device.type == "cuda"
-    return ImageLoader(dataset, task.dataset.batch_size, task.dataset.num_workers, pin_memory, PIXELS_PER_PASS)
+    return ImageLoader(dataset, task.images_per_pass, task.dataset.num_workers, pin_memory)
 
 
 def _calibrate(

@@ -36,7 +36,6 @@ from patchcore.detector import DETECTORS, DetectorBuilder
 from patchcore.errors import ConfigurationError, DataError
 from patchcore.evaluation.report import false_alarm_report, text_table
 from patchcore.runtime import (
-    keep_freed_memory,
     log_to_file,
     reset_peak_memory,
     resolve_device,
@@ -81,7 +80,6 @@ def train_and_evaluate(
     parent = Path(run.results_path) / run.log_project
     run_folder.require_writable(parent)
     set_threads(run.runtime.threads)
-    keep_freed_memory()
     device = resolve_device(run.runtime.device, run.runtime.gpus)
     run = replace(run, runtime=replace(run.runtime, precision=resolve_precision(run.runtime.precision, device)))
     configs = {category: config_of(category) for category in categories}
@@ -343,7 +341,6 @@ def load_and_evaluate(
         raise ConfigurationError(f"SAVE_FOLDER is {save_folder!r}, expected the path of a folder to create")
     run_folder.require_writable(target.parent)
     set_threads(runtime.threads)
-    keep_freed_memory()
     device = resolve_device(runtime.device, runtime.gpus)
     runtime = replace(runtime, precision=resolve_precision(runtime.precision, device))
     models = open_models(matched, _limited(runtime))

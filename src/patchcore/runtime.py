@@ -11,8 +11,9 @@ import resource
 import sys
 import threading
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -27,9 +28,11 @@ LOGGER = logging.getLogger(__name__)
 T = TypeVar("T")
 R = TypeVar("R")
 
-MALLOPT_TRIM_THRESHOLD, MALLOPT_MMAP_THRESHOLD = -1, -3  # numbers in malloc.h
-KEPT_BYTES = 2**28  # a little more than a batch takes
-LARGEST_KEPT_BLOCK = 2**25  # glibc accepts no more; larger blocks go back to the system, as before
+MALLOC_OPTIONS = (  # numbers of malloc.h
+    (-1, 2**28),  # M_TRIM_THRESHOLD, bytes at the end of the heap that are kept: more than a batch takes
+    (-3, 2**25),  # M_MMAP_THRESHOLD, blocks above go back to the system at once: glibc accepts no more
+    (-8, 1),  # M_ARENA_MAX
+)
 PRECISION_TYPES = {"bf16": "bfloat16", "fp16": "float16"}  # as torch calls them, which is not imported here
 FAST_ON_CPU = {"bf16": "amx_bf16", "fp16": "amx_fp16"}  # tile units; without them the vector units are no faster
 
@@ -232,25 +235,55 @@ def available_cpus() -> int:
 
 
 def set_threads(threads: int | None) -> None:
-    """Limit the threads of torch's CPU kernels; None leaves torch's own choice."""
+    """Settle how this process computes on the CPU: with so many threads, and memory that it keeps.
+
+    Args:
+        threads: Threads of torch's kernels; None leaves torch's own choice.
+    """
+    _keep_freed_memory()
     if threads is not None:
         import torch
 
         torch.set_num_threads(min(threads, available_cpus()))  # more would wait for one another
 
 
-def in_threads(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """Yield what a function gives for each item, in order, computed by as many threads as there are cores.
+def _keep_freed_memory() -> None:
+    """Let this process reuse what it frees instead of giving it back, where the C library is glibc.
+
+    A network allocates and frees the same tens of megabytes with every batch. By default they go back to the system
+    each time and come again page by page, which took up to a third of the time of a forward pass. Threads share one
+    heap, because those of their own go back whenever they are empty, whatever the thresholds are.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+    if mallopt is not None:
+        for option, value in MALLOC_OPTIONS:
+            mallopt(ctypes.c_int(option), ctypes.c_int(value))
+
+
+def in_threads(
+    function: Callable[[T], R], items: Iterable[T], threads: int | None = None, ahead: int | None = None
+) -> Iterator[R]:
+    """Yield what a function gives for each item, in order, computed by threads.
 
     What has not begun when the caller stops, fails or is interrupted is not done.
 
     Args:
         function: Safe to call from several threads; worthwhile where it spends its time outside Python.
-        items: Few enough to be held.
+        items: What to call it with; no more of them are held than are computed ahead.
+        threads: How many, >= 1; None for as many as there are cores.
+        ahead: Results that are computed before they are asked for, at most; None for all.
     """
-    pool = ThreadPoolExecutor(available_cpus(), "in_threads")
+    pool = ThreadPoolExecutor(threads or available_cpus(), "in_threads")
+    waiting: deque[Future[R]] = deque()
     try:
-        yield from pool.map(function, items)
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if ahead is not None and len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -319,20 +352,6 @@ def _compute_with_one_thread() -> None:
 
     torch.get_num_threads()  # the first call in a thread takes over what was set last in any: later it would undo this
     torch.set_num_threads(1)
-
-
-def keep_freed_memory() -> None:
-    """Let this process reuse what it frees instead of giving it back, where the C library is glibc.
-
-    A network allocates and frees the same tens of megabytes with every batch. By default they go back to the system
-    each time and come again page by page, which took up to a third of the time of a forward pass.
-    """
-    if not sys.platform.startswith("linux"):
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
-    if mallopt is not None:
-        for option, value in ((MALLOPT_TRIM_THRESHOLD, KEPT_BYTES), (MALLOPT_MMAP_THRESHOLD, LARGEST_KEPT_BLOCK)):
-            mallopt(ctypes.c_int(option), ctypes.c_int(value))
 
 
 def reset_peak_memory() -> None:

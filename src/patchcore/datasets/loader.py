@@ -1,4 +1,4 @@
-"""Images of one class in batches, read by worker processes."""
+"""Images of one class in batches, read ahead by threads."""
 
 from __future__ import annotations
 
@@ -8,15 +8,20 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import default_collate
 
 from patchcore.datasets.inspection import InspectionDataset
-from patchcore.errors import DataError
-from patchcore.runtime import available_cpus
+from patchcore.runtime import available_cpus, in_threads
+
+BATCHES_AHEAD = 2  # that are read while the model works on one
 
 
 class ImageLoader:
-    """Batches of a data set, read by worker processes.
+    """Batches of a data set, read ahead by threads.
+
+    Decoding and resizing leave the interpreter free, so that threads are as fast as processes. They cost no copy of
+    this process's memory, which slowed the model down more than reading does, nor shared memory, and none is left
+    behind.
 
     Iterating gives dictionaries of stacked items: `image` uint8 [B, 3, H, W], `mask` uint8 [B, H, W] where the
     data set has masks, `index` int64 [B].
@@ -24,79 +29,37 @@ class ImageLoader:
     Args:
         dataset: What to read, in its order.
         batch_size: Images per batch; always 1 where images keep their own resolution, as their sizes may differ.
-        num_workers: Worker processes, at most one per CPU core and batch; 0 reads in this process.
+        num_workers: Threads that read ahead, at most one per CPU core and image; 0 reads when a batch is asked for.
         pin_memory: Give page-locked tensors, for copies to a GPU.
-        joined_pixels: Join consecutive batches, as many as have no more pixels than this together; 0 joins none.
-            A worker still hands over small ones, so that the first is there soon; unless they are to be page-locked,
-            which the joined ones would not be: then it reads as many images at once.
 
     Raises:
         DataError: While iterating: a file cannot be read.
     """
 
     def __init__(
-        self,
-        dataset: InspectionDataset,
-        batch_size: int,
-        num_workers: int = 0,
-        pin_memory: bool = False,
-        joined_pixels: int = 0,
+        self, dataset: InspectionDataset, batch_size: int, num_workers: int = 0, pin_memory: bool = False
     ) -> None:
         self.dataset = dataset
-        self._num_joined = 1
-        if dataset.preprocessing.max_side_px is not None:
-            batch_size = 1
-        else:
-            self._num_joined = max(1, joined_pixels // (batch_size * dataset.preprocessing.imagesize_px**2))
-        if pin_memory:
-            batch_size, self._num_joined = batch_size * self._num_joined, 1
-        num_workers = min(num_workers, available_cpus(), math.ceil(len(dataset) / batch_size))
-        self._loader = DataLoader(
-            _ErrorsAsItems(dataset),
-            batch_size=batch_size,
-            num_workers=num_workers,
-            prefetch_factor=max(2, self._num_joined) if num_workers else None,  # one joined batch ahead
-            collate_fn=_collate,
-            pin_memory=pin_memory,
-        )
+        self.batch_size = batch_size if dataset.preprocessing.max_side_px is None else 1
+        self.num_workers = min(num_workers, available_cpus(), len(dataset))
+        self.pin_memory = pin_memory
 
     @property
     def num_images(self) -> int:
         return len(self.dataset)
 
     def __len__(self) -> int:
-        return math.ceil(len(self._loader) / self._num_joined)
+        return math.ceil(len(self.dataset) / self.batch_size)
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        batches = self._read()
-        while together := list(itertools.islice(batches, self._num_joined)):
-            yield {key: torch.cat([batch[key] for batch in together]) for key in together[0]}
+        items = self._items()
+        while together := list(itertools.islice(items, self.batch_size)):
+            batch = default_collate(together)
+            yield {key: values.pin_memory() for key, values in batch.items()} if self.pin_memory else batch
 
-    def _read(self) -> Iterator[dict[str, torch.Tensor]]:
-        for batch in self._loader:
-            if isinstance(batch, DataError):
-                raise batch
-            yield batch
-
-
-class _ErrorsAsItems(Dataset[Any]):
-    """Hands a DataError over as an item: raised in a worker it would arrive wrapped in a traceback."""
-
-    def __init__(self, dataset: InspectionDataset) -> None:
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> dict[str, Any] | DataError:
-        try:
-            return self.dataset[index]
-        except DataError as error:
-            return error
-
-
-def _collate(items: list[Any]) -> Any:
-    for item in items:
-        if isinstance(item, DataError):
-            return item
-    return torch.utils.data.default_collate(items)
+    def _items(self) -> Iterator[dict[str, Any]]:
+        """Yield the items in order; what goes wrong with one is raised where its turn comes."""
+        numbers = range(len(self.dataset))
+        if self.num_workers == 0:
+            return map(self.dataset.__getitem__, numbers)
+        return in_threads(self.dataset.__getitem__, numbers, self.num_workers, BATCHES_AHEAD * self.batch_size)
