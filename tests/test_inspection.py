@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -543,6 +544,28 @@ def test_a_damaged_image_is_one_line_also_from_a_worker(plate: Path, num_workers
     with pytest.raises(DataError) as caught:
         list(ImageLoader(dataset, 2, num_workers))
     assert_one_line(caught.value, f"{path}: not a readable image")
+
+
+def test_reading_is_left_early_without_a_thread(plate: Path) -> None:
+    threads = threading.active_count()
+    batches = iter(ImageLoader(open_class(plate), 1, 2))
+    next(batches)
+    assert threading.active_count() > threads, "others are read ahead"
+    batches.close()  # type: ignore[attr-defined]
+    assert threading.active_count() == threads
+
+
+def test_page_locked_batches(plate: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    locked: list[torch.Tensor] = []
+
+    def pin(values: torch.Tensor) -> torch.Tensor:  # a machine without a GPU cannot lock pages
+        locked.append(values.clone())
+        return locked[-1]
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    batches = list(ImageLoader(open_class(plate), 4, 2, pin_memory=True))
+    assert len(locked) == 2 * 3
+    assert all(any(values is other for other in locked) for batch in batches for values in batch.values())
 
 
 def test_an_empty_part_has_no_batches(plate: Path) -> None:

@@ -141,6 +141,39 @@ def test_the_score_of_an_image_does_not_depend_on_its_company(
     np.testing.assert_allclose(shared_with_an_outlier.scores[:5], whole.scores, rtol=1e-5)
 
 
+@pytest.mark.parametrize("num_threads", [1, 2, 3])
+def test_threads_and_batches_change_no_score(
+    num_threads: int, extractor: FeatureExtractor, train: torch.Tensor, test: torch.Tensor
+) -> None:
+    """Parts of a batch are computed at once: whoever computes them, the scores of an image are its own."""
+    before = torch.get_num_threads()
+    model = build(extractor, num_nn=1, sampler=SamplerConfig("identity", 1.0)).fit(Batches(train, 1))
+    expected = np.concatenate([model.predict(image).scores for image in test.split(1)])
+    torch.set_num_threads(num_threads)
+    try:
+        found = build(extractor, num_nn=1, sampler=SamplerConfig("identity", 1.0)).fit(Batches(train, 5)).predict(test)
+    finally:
+        torch.set_num_threads(before)
+    np.testing.assert_allclose(found.scores, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_backbone_of_lower_precision_gives_nearly_the_same_scores(
+    precision: str, train: torch.Tensor, test: torch.Tensor
+) -> None:
+    config = PatchCoreConfig(backbone=BACKBONE, num_nn=1, sampler=SamplerConfig("identity", 1.0))
+    scores, types = {}, set()
+    for name in ("float32", precision):
+        model = PatchCore.prepare(config, PREPROCESSING, RuntimeConfig(precision=name))(TrainingSource(), CPU)
+        assert isinstance(model, PatchCore)
+        model.embedder.extractor.steps[0].register_forward_hook(lambda *given: types.add(given[2].dtype))
+        scores[name] = model.fit(Batches(train)).predict(test).scores
+        assert model.memory_bank_.dtype == torch.float32 and scores[name].dtype == np.float32
+    assert types == {torch.float32, torch.bfloat16 if precision == "bf16" else torch.float16}
+    assert not np.array_equal(scores["float32"], scores[precision])
+    np.testing.assert_allclose(scores[precision], scores["float32"], rtol=0.03)
+
+
 def test_batches_of_training_images_change_nothing(extractor: FeatureExtractor, train: torch.Tensor) -> None:
     sampler = SamplerConfig("random", 0.5)
     banks = [build(extractor, sampler=sampler).fit(Batches(train, size)).memory_bank_ for size in (1, 4, 6)]

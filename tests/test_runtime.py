@@ -20,12 +20,14 @@ from patchcore import runtime
 from patchcore.errors import ConfigurationError
 from patchcore.runtime import (
     derive_seed,
+    in_parts,
     in_threads,
     log_to_console,
     log_to_file,
     over_threads,
     progress,
     resolve_device,
+    resolve_precision,
     set_threads,
 )
 
@@ -355,3 +357,90 @@ def test_threads_give_results_in_order_and_leave_the_rest_when_one_fails() -> No
     with pytest.raises(OSError, match="disk full"):
         list(in_threads(third_fails, range(10_000)))
     assert len(done) < 1000
+
+
+def test_threads_read_no_further_ahead_than_they_may() -> None:
+    begun: list[int] = []
+    results = in_threads(lambda i: begun.append(i) or i, range(100), threads=2, ahead=3)  # type: ignore[func-returns-value]
+    assert [next(results) for _ in range(5)] == [0, 1, 2, 3, 4]
+    time.sleep(0.05)
+    assert max(begun) <= 4 + 3
+    results.close()
+    assert len(begun) <= 8, "who stops early gets no more"
+
+
+@pytest.mark.usefixtures("three_threads")
+def test_parts_of_several_batches_have_the_same_rows_and_can_be_written_to() -> None:
+    numbers, doubled = torch.arange(8.0)[:, None], torch.zeros(8, 1)
+
+    def double(part: torch.Tensor, out: torch.Tensor) -> int:
+        out.copy_(2 * part)
+        return len(part)
+
+    assert in_parts(double, torch.device("cpu"), numbers, doubled) == [3, 3, 2]
+    assert torch.equal(doubled, 2 * numbers)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only glibc is told what to keep")
+def test_memory_that_is_freed_stays_also_that_of_threads() -> None:
+    script = """
+import resource, torch
+from concurrent.futures import ThreadPoolExecutor
+from patchcore.runtime import set_threads
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        torch.ones(3, 2**20)  # 12 MB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+set_threads(1)
+with ThreadPoolExecutor(1) as pool:
+    print(pool.submit(faults).result() or pool.submit(faults).result())
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 5_000, "twenty times anew it would be 60,000 pages"
+
+
+# Precision
+
+
+def cpu_with(*features: str) -> dict[str, object]:
+    return dict.fromkeys(features, True)
+
+
+def test_auto_takes_what_the_device_computes_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, cuda, mps = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
+    for features, expected in ((("amx_bf16",), "bf16"), (("avx512_bf16", "avx512_fp16"), "float32"), ((), "float32")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=features: cpu_with(*found), raising=False)
+        assert resolve_precision("auto", cpu) == expected
+        assert resolve_precision("auto", cuda) == "fp16"
+        assert resolve_precision("auto", mps) == "float32"
+        assert resolve_precision("float32", cpu) == "float32"
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)  # torch before 2.10
+    assert resolve_precision("auto", cpu) == "float32"
+
+
+def test_a_precision_by_name_that_gains_nothing_is_one_warning(
+    monkeypatch: pytest.MonkeyPatch, warnings_logged: list[str]
+) -> None:
+    runtime._warn_of_slow.cache_clear()
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu_with("amx_bf16"), raising=False)
+    assert resolve_precision("bf16", torch.device("cpu")) == "bf16"
+    assert warnings_logged == []
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
+    assert {resolve_precision("bf16", torch.device("cpu")) for _ in range(3)} == {"bf16"}
+    assert len(warnings_logged) == 1 and "--precision bf16" in warnings_logged[0]
+
+
+def test_a_precision_that_torch_cannot_compute_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    convolution = torch.nn.functional.conv2d
+
+    def refuses(*args: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("\"slow_conv2d_cpu\"\n not implemented for 'Half'")
+
+    for instead, reason in ((refuses, "not implemented for 'Half'"), (lambda x, w: x, "computes in float32 instead")):
+        monkeypatch.setattr(torch.nn.functional, "conv2d", instead)
+        with pytest.raises(ConfigurationError, match=rf"--precision fp16: torch .* {reason}.* use --precision auto"):
+            resolve_precision("fp16", torch.device("cpu"))
+    monkeypatch.setattr(torch.nn.functional, "conv2d", convolution)

@@ -42,6 +42,7 @@ from patchcore.storage.torch_export import read_state, state_bytes
 
 LOGGER = logging.getLogger(__name__)
 
+PIXELS_PER_PASS = 2**19  # ten images of 224 px: networks take longer per image with fewer, and not less with more
 LATENCY_IMAGES = 20
 LATENCY_WARMUP = 2
 LATENCY_SECONDS = 10  # of measuring, after which LATENCY_IMAGES_AT_LEAST are enough
@@ -62,6 +63,11 @@ class ClassTask:
 
     def row_name(self, category: str) -> str:
         return f"{self.dataset.name}_{category}"
+
+    @property
+    def images_per_pass(self) -> int:
+        """Images that the model gets at once: --batch_size, or more where that is too few to keep it busy."""
+        return max(self.dataset.batch_size, PIXELS_PER_PASS // self.dataset.preprocessing.imagesize_px**2)
 
 
 @dataclass(frozen=True)
@@ -212,7 +218,7 @@ def outputs_exist(task: ClassTask, row_name: str) -> bool:
 
 def _loader(task: ClassTask, dataset: InspectionDataset) -> ImageLoader:
     pin_memory = task.device.type == "cuda"
-    return ImageLoader(dataset, task.dataset.batch_size, task.dataset.num_workers, pin_memory)
+    return ImageLoader(dataset, task.images_per_pass, task.dataset.num_workers, pin_memory)
 
 
 def _calibrate(

@@ -36,7 +36,13 @@ from patchcore.datasets.registry import dataset_class
 from patchcore.detector import DETECTORS, DetectorBuilder
 from patchcore.errors import ConfigurationError, DataError
 from patchcore.evaluation.report import false_alarm_report, text_table
-from patchcore.runtime import log_to_file, reset_peak_memory, resolve_device, set_threads
+from patchcore.runtime import (
+    log_to_file,
+    reset_peak_memory,
+    resolve_device,
+    resolve_precision,
+    set_threads,
+)
 from patchcore.storage import run_folder
 from patchcore.storage.run_folder import ClassResult
 from patchcore.stored_models import TypedModel, match_models, open_models
@@ -75,12 +81,13 @@ def train_and_evaluate(
     parent = Path(run.results_path) / run.log_project
     run_folder.require_writable(parent)
     set_threads(run.runtime.threads)
+    device = resolve_device(run.runtime.device, run.runtime.gpus)
+    run = replace(run, runtime=replace(run.runtime, precision=resolve_precision(run.runtime.precision, device)))
     configs = {category: config_of(category) for category in categories}
     builders = _prepare(method, configs, dataset.preprocessing, _limited(run.runtime))
     identities = {seed: _identity(method, configs, run, dataset, seed) for seed in run.seeds}
     for seed, identity in identities.items():
         _require_resumable(parent / _group(run, seed), identity, run)
-    device = resolve_device(run.runtime.device, run.runtime.gpus)
     outputs = _possible_outputs(method, run.outputs)
     seedless = run_folder.group_without_seed(run.log_group)  # seeds of several commands belong together too
     finished: list[list[ClassResult]] = []
@@ -165,7 +172,13 @@ def _identity(
         "threshold_rule": str(run.threshold_rule),
         "validation_data": None if run.validation_path is None else str(Path(run.validation_path).resolve()),
         "outputs": config_to_dict(run.outputs),
+        **_precision(run.runtime),
     }
+
+
+def _precision(runtime: RuntimeConfig) -> dict[str, str]:
+    """Return the numbers of the backbone where they are not float32, which older runs do not state."""
+    return {} if runtime.precision == "float32" else {"precision": runtime.precision}
 
 
 def _require_resumable(folder: Path, identity: dict[str, Any], run: RunConfig) -> None:
@@ -329,8 +342,9 @@ def load_and_evaluate(
         raise ConfigurationError(f"SAVE_FOLDER is {save_folder!r}, expected the path of a folder to create")
     run_folder.require_writable(target.parent)
     set_threads(runtime.threads)
-    models = open_models(matched, _limited(runtime))
     device = resolve_device(runtime.device, runtime.gpus)
+    runtime = replace(runtime, precision=resolve_precision(runtime.precision, device))
+    models = open_models(matched, _limited(runtime))
     folder = run_folder.claim_folder(target.parent, target.name)
     task = ClassTask(folder, dataset, outputs, device)
     identity = {
@@ -338,6 +352,7 @@ def load_and_evaluate(
         "models": {category: str(model.folder.resolve()) for category, model in models.items()},
         "dataset": config_to_dict(dataset),
         "outputs": config_to_dict(outputs),
+        **_precision(runtime),
     }
     run_folder.write_run_config(folder, identity, _environment(device))
     announce(f"results: {folder}")

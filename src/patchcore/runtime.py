@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import hashlib
 import logging
@@ -9,8 +10,10 @@ import os
 import resource
 import sys
 import threading
+import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -24,6 +27,14 @@ LOGGER = logging.getLogger(__name__)
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+MALLOC_OPTIONS = (  # numbers of malloc.h
+    (-1, 2**28),  # M_TRIM_THRESHOLD, bytes at the end of the heap that are kept: more than a batch takes
+    (-3, 2**25),  # M_MMAP_THRESHOLD, blocks above go back to the system at once: glibc accepts no more
+    (-8, 1),  # M_ARENA_MAX
+)
+PRECISION_TYPES = {"bf16": "bfloat16", "fp16": "float16"}  # as torch calls them, which is not imported here
+FAST_ON_CPU = {"bf16": "amx_bf16", "fp16": "amx_fp16"}  # tile units; without them the vector units are no faster
 
 
 def progress(iterable: Iterable[T] | None, description: str, total: int | None = None) -> Any:
@@ -152,6 +163,70 @@ def _cuda_index(device: str) -> int:
     return int(text)
 
 
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """Decide which numbers the frozen backbone computes with.
+
+    "auto" is fp16 on CUDA, bf16 on a CPU with matrix tiles for it (AMX), else float32. Vector instructions for bf16
+    (AVX512-BF16) do not count: without tiles, networks took 1.1 to 1.8 times as long with them as in float32.
+
+    Args:
+        precision: One of BACKBONE_PRECISIONS.
+        device: Where the backbone runs.
+
+    Returns:
+        "float32", "bf16" or "fp16".
+
+    Raises:
+        ConfigurationError: torch cannot compute with these numbers on this device.
+    """
+    if precision == "auto":
+        if device.type == "cuda":
+            return "fp16"
+        return "bf16" if device.type == "cpu" and _cpu_has(FAST_ON_CPU["bf16"]) else "float32"
+    if precision != "float32":
+        _require_precision(precision, device)
+        if device.type == "cpu" and not _cpu_has(FAST_ON_CPU[precision]):
+            _warn_of_slow(precision)
+    return precision
+
+
+@functools.cache  # every class and member asks
+def _warn_of_slow(precision: str) -> None:
+    LOGGER.warning(
+        "--precision %s: this CPU has no matrix tiles for it and may take longer than in float32: "
+        "--precision auto chooses",
+        precision,
+    )
+
+
+def _require_precision(precision: str, device: torch.device) -> None:
+    """Raise ConfigurationError unless a convolution under autocast gives such numbers on the device."""
+    import torch
+
+    wanted = getattr(torch, PRECISION_TYPES[precision])
+    reason = "it computes in float32 instead"
+    try:
+        with warnings.catch_warnings(), torch.autocast(device.type, wanted):
+            warnings.simplefilter("ignore")  # autocast warns of numbers it does not know, and goes on without
+            ones = torch.ones(1, 1, 3, 3, device=device)
+            if torch.nn.functional.conv2d(ones, ones).dtype == wanted:
+                return
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:120]
+    raise ConfigurationError(
+        f"--precision {precision}: torch {torch.__version__} cannot on {device} ({reason}): "
+        "use --precision auto or float32"
+    )
+
+
+def _cpu_has(feature: str) -> bool:
+    """Return whether the CPU has a feature as torch calls it; older versions of torch do not tell."""
+    import torch
+
+    capabilities = getattr(torch.cpu, "get_capabilities", None)
+    return capabilities is not None and bool(capabilities().get(feature, False))
+
+
 def available_cpus() -> int:
     """Return how many CPU cores this process may use."""
     if hasattr(os, "sched_getaffinity"):
@@ -160,25 +235,55 @@ def available_cpus() -> int:
 
 
 def set_threads(threads: int | None) -> None:
-    """Limit the threads of torch's CPU kernels; None leaves torch's own choice."""
+    """Settle how this process computes on the CPU: with so many threads, and memory that it keeps.
+
+    Args:
+        threads: Threads of torch's kernels; None leaves torch's own choice.
+    """
+    _keep_freed_memory()
     if threads is not None:
         import torch
 
         torch.set_num_threads(min(threads, available_cpus()))  # more would wait for one another
 
 
-def in_threads(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """Yield what a function gives for each item, in order, computed by as many threads as there are cores.
+def _keep_freed_memory() -> None:
+    """Let this process reuse what it frees instead of giving it back, where the C library is glibc.
+
+    A network allocates and frees the same tens of megabytes with every batch. By default they go back to the system
+    each time and come again page by page, which took up to a third of the time of a forward pass. Threads share one
+    heap, because those of their own go back whenever they are empty, whatever the thresholds are.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+    if mallopt is not None:
+        for option, value in MALLOC_OPTIONS:
+            mallopt(ctypes.c_int(option), ctypes.c_int(value))
+
+
+def in_threads(
+    function: Callable[[T], R], items: Iterable[T], threads: int | None = None, ahead: int | None = None
+) -> Iterator[R]:
+    """Yield what a function gives for each item, in order, computed by threads.
 
     What has not begun when the caller stops, fails or is interrupted is not done.
 
     Args:
         function: Safe to call from several threads; worthwhile where it spends its time outside Python.
-        items: Few enough to be held.
+        items: What to call it with; no more of them are held than are computed ahead.
+        threads: How many, >= 1; None for as many as there are cores.
+        ahead: Results that are computed before they are asked for, at most; None for all.
     """
-    pool = ThreadPoolExecutor(available_cpus(), "in_threads")
+    pool = ThreadPoolExecutor(threads or available_cpus(), "in_threads")
+    waiting: deque[Future[R]] = deque()
     try:
-        yield from pool.map(function, items)
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if ahead is not None and len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -186,27 +291,45 @@ def in_threads(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
 def over_threads(
     function: Callable[[torch.Tensor], torch.Tensor], batch: torch.Tensor, device: torch.device
 ) -> torch.Tensor:
-    """Apply a function to a batch; on the CPU to parts of it at once, one per thread of torch, with one thread each.
-
-    That takes less time than all threads on one operation after the other, which wait for each other at the end of
-    each and idle in those too small to be divided.
+    """Apply a function to a batch; on the CPU to parts of it at once, as `in_parts` does.
 
     Args:
         function: From [b, ...] to [b, ...], each row by itself; safe to call from several threads.
         batch: [B, ...], B >= 1.
-        device: Where the function computes; only on a CPU is the batch divided.
+        device: Where the function computes.
 
     Returns:
         [B, ...], in order.
     """
     import torch
 
+    results = in_parts(function, device, batch)
+    return results[0] if len(results) == 1 else torch.cat(results)
+
+
+def in_parts(function: Callable[..., T], device: torch.device, *batches: torch.Tensor) -> list[T]:
+    """Call a function with parts of a batch at once, one per thread of torch, with one thread each.
+
+    That takes less time than all threads on one operation after the other, which wait for each other at the end of
+    each and idle in those too small to be divided; the more so where other processes share the cores.
+
+    Args:
+        function: Gets the same rows of every batch; safe to call from several threads.
+        device: Where the function computes; elsewhere than on a CPU it is called once, with everything.
+        *batches: [B, ...] each, B >= 1. The parts are views: the function may write into them.
+
+    Returns:
+        What the function returned for each part, in order.
+    """
+    import torch
+
     threads = torch.get_num_threads()
-    if device.type != "cpu" or min(threads, len(batch)) == 1:
-        return function(batch)
-    parts = batch.tensor_split(min(threads, len(batch)))
+    num_parts = min(threads, len(batches[0]))
+    if device.type != "cpu" or num_parts == 1:
+        return [function(*batches)]
+    parts = zip(*(batch.tensor_split(num_parts) for batch in batches), strict=True)
     try:
-        return torch.cat(list(_single_threads(threads).map(function, parts)))
+        return list(_single_threads(threads).map(lambda part: function(*part), parts))
     finally:  # a thread that is started from now on begins with the number that was set last, in whichever thread
         torch.set_num_threads(threads)
 

@@ -90,7 +90,7 @@ READING_OPTIONS: tuple[Callable[[Any], Any], ...] = (
         type=int,
         default=8,
         show_default=True,
-        help="Processes that read images, at most one a core.",
+        help="Threads that read images, at most one a core.",
     ),
     click.option("--limit_test", type=int, default=None, help="Test on so many images per defect type."),
 )

@@ -20,7 +20,7 @@ RESIZE_RATIO = 256 / 224  # of resize and crop, as in the defaults for 224 px
 TYPED_READING_OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option("--batch_size", type=int, default=None, help="Images per batch, and per step of the training."),
     click.option(
-        "--num_workers", type=int, default=8, show_default=True, help="Processes that read images, at most one a core."
+        "--num_workers", type=int, default=8, show_default=True, help="Threads that read images, at most one a core."
     ),
     click.option("--limit_train", type=int, default=None, help="Train on so many images, drawn with the seed."),
     click.option("--limit_test", type=int, default=None, help="Test on so many images per defect type."),

@@ -51,8 +51,8 @@ class DatasetConfig:
         path: Folder that holds one folder per class.
         categories: Classes to process; empty means every class found.
         train_val_split: Share of the training images used for training, in (0, 1]; the rest is held out.
-        batch_size: Images per batch.
-        num_workers: Processes that read images; at most one per CPU core is started, 0 reads in this process.
+        batch_size: Images per batch, at least; ten images of 224 px, or as many pixels, are put together in any case.
+        num_workers: Threads that read images ahead; at most one per CPU core is started, 0 reads none ahead.
         preprocessing: Resize and crop.
         limit_train: Use so many training images per class, drawn with the seed; None uses all.
         limit_test: Use so many test images per defect type, the same ones for every seed; None uses all.

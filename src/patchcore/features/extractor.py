@@ -19,6 +19,7 @@ from patchcore.errors import ConfigurationError
 from patchcore.features.backbones import IMAGENET_MEAN, IMAGENET_STD, Backbone, backbone_entry, load_backbone
 from patchcore.features.folding import holds, run_hooked, without_batch_norms, work_in_place
 from patchcore.features.tokens import MapLayout, block_aliases, map_layout, require_imagesize
+from patchcore.runtime import PRECISION_TYPES
 
 LOGGER = logging.getLogger(__name__)
 
@@ -71,6 +72,7 @@ class FeatureExtractor(nn.Module):
                     f"backbone {backbone.name!r} does not run on images of {imagesize} px "
                     f"({' '.join(str(error).split())[:120]}): choose another --imagesize or backbone"
                 ) from error
+        self.autocast_dtype: torch.dtype | None = None  # float32 throughout
         self._step_names = [name for name, _ in steps]
         work_in_place(activations)
         self.steps = nn.ModuleList([module for _, module in steps]).to(memory_format=torch.channels_last)
@@ -110,6 +112,11 @@ class FeatureExtractor(nn.Module):
             layouts[layer] = layout
         return layouts
 
+    def compute_in(self, precision: str) -> FeatureExtractor:
+        """Choose the numbers of the network: "float32", "bf16" or "fp16", by autocast; maps are float32 always."""
+        self.autocast_dtype = None if precision == "float32" else getattr(torch, PRECISION_TYPES[precision])
+        return self
+
     @torch.no_grad()  # not inference_mode: a flow trained on these maps saves them for its backward pass
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """Compute the feature maps.
@@ -120,7 +127,11 @@ class FeatureExtractor(nn.Module):
         Returns:
             {layer: float32 [B, C, H, W]}, in the order of `layers`.
         """
-        return self._maps(self._run(images))
+        if self.autocast_dtype is None:
+            return self._maps(self._run(images))
+        with torch.autocast(self.mean.device.type, self.autocast_dtype):
+            outputs = self._run(images)
+        return {layer: feature_map.float() for layer, feature_map in self._maps(outputs).items()}
 
     def _maps(self, outputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         return {layer: self._layouts[layer].feature_map(outputs[name]) for layer, name in self._modules_of.items()}

@@ -40,6 +40,7 @@ from patchcore.detector import (
 from patchcore.errors import ConfigurationError, DataError
 from patchcore.features.extractor import FeatureExtractor, build_extractor
 from patchcore.memory.buffers import Buffers
+from patchcore.methods.patch_embedding import embed_batch
 from patchcore.methods.patchcore import (
     IMAGES_PER_SEARCH,
     PatchCore,
@@ -126,7 +127,9 @@ class Ensemble(AnomalyDetector):
         for member in config.members:
             require_search_and_sampler(member)
         embedders = _build_embedders(config, preprocessing.imagesize_px)
-        return lambda source, device: cls(config, [e.to(device) for e in embedders], preprocessing, source, runtime)
+        return lambda source, device: cls(
+            config, [e.to(device, runtime.precision) for e in embedders], preprocessing, source, runtime
+        )
 
     @property
     def can_calibrate(self) -> bool:
@@ -225,17 +228,13 @@ class Ensemble(AnomalyDetector):
 
     def _member_scores(self, images: torch.Tensor, inside: torch.Tensor | None) -> list[PatchScores]:
         """Return what each member gives for a batch; nothing that members share is computed twice."""
-        feature_maps: dict[FeatureExtractor, dict[str, torch.Tensor]] = {}
-        embeddings: dict[PatchEmbedder, torch.Tensor] = {}
-        scores = []
-        for member in self.members:
-            embedder, extractor = member.embedder, member.embedder.extractor
-            if embedder not in embeddings:
-                if extractor not in feature_maps:
-                    feature_maps[extractor] = extractor(images)
-                embeddings[embedder] = embedder(feature_maps[extractor])
-            scores.append(member.score_embeddings(embeddings[embedder], inside))
-        return scores
+        scores: dict[int, PatchScores] = {}
+        for group in self._groups():
+            embedders = list(dict.fromkeys(self.members[i].embedder for i in group))
+            embeddings = dict(zip(embedders, embed_batch(images, embedders), strict=True))
+            for i in group:
+                scores[i] = self.members[i].score_embeddings(embeddings[self.members[i].embedder], inside)
+        return [scores[i] for i in range(len(self.members))]
 
     def _fused(self, scores: Sequence[PatchScores]) -> Prediction:
         """Return the mean over members of standardised scores [B] and of the maps [B, S, S] of standardised patches."""

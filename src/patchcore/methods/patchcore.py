@@ -31,8 +31,9 @@ from patchcore.memory.faiss_search import require_trainable
 from patchcore.memory.nearest_neighbours import NearestNeighbourScorer, build_nearest_neighbours, restore_search
 from patchcore.memory.sampler import IdentitySampler, Sampler, build_sampler, num_selected
 from patchcore.memory.search import NearestNeighbours
+from patchcore.methods.patch_embedding import embed_batch
 from patchcore.methods.training_features import EmbeddedImages, TrainingFeatures, embed_images, training_features
-from patchcore.runtime import derive_seed, progress
+from patchcore.runtime import derive_seed, progress, resolve_precision
 from patchcore.scoring.anomaly_map import anomaly_maps, image_scores, patches_inside
 from patchcore.scoring.calibration import Calibration, MapStatistics, calibrate, fold_bounds
 
@@ -80,9 +81,17 @@ class PatchEmbedder:
         self.dimension = self.embedding.dimension
         require_trainable(config.index, None, self.dimension, "memory bank")
 
-    def to(self, device: torch.device) -> PatchEmbedder:
-        """Move the network and the embedding to a device, in place, and return self."""
-        self.extractor.to(device)
+    def to(self, device: torch.device, precision: str = "float32") -> PatchEmbedder:
+        """Move the network and the embedding to a device, in place, and return self.
+
+        Args:
+            device: Where they compute.
+            precision: Numbers of the network, one of BACKBONE_PRECISIONS; the embedding computes in float32.
+
+        Raises:
+            ConfigurationError: The device cannot compute with these numbers.
+        """
+        self.extractor.to(device).compute_in(resolve_precision(precision, device))
         self.embedding.to(device)
         return self
 
@@ -144,7 +153,9 @@ class PatchCore(AnomalyDetector):
         """
         require_search_and_sampler(config)
         embedder = PatchEmbedder(build_extractor(config.backbone, preprocessing.imagesize_px), config)
-        return lambda source, device: cls(config, embedder.to(device), preprocessing, source, runtime)
+        return lambda source, device: cls(
+            config, embedder.to(device, runtime.precision), preprocessing, source, runtime
+        )
 
     def fit(self, loader: ImageBatches) -> PatchCore:
         """Fill the memory bank with a coreset of the patches of normal images.
@@ -288,7 +299,7 @@ class PatchCore(AnomalyDetector):
     def _predict(self, images: torch.Tensor, inside: torch.Tensor | None) -> Prediction:
         self._require_fitted()
         require_images(images, self.preprocessing)
-        scores = self.score_embeddings(self.embedder(self.embedder.extractor(images)), inside)
+        scores = self.score_embeddings(embed_batch(images, [self.embedder])[0], inside)
         return Prediction(scores.images.numpy(), self._maps(scores.patches))
 
     def score_embeddings(self, embeddings: torch.Tensor, inside: torch.Tensor | None = None) -> PatchScores:

@@ -12,6 +12,7 @@ from patchcore.detector import ImageBatches
 from patchcore.errors import DataError
 from patchcore.memory.buffers import Buffers
 from patchcore.memory.points import Points
+from patchcore.methods.patch_embedding import embed_batch
 from patchcore.runtime import progress
 
 if TYPE_CHECKING:
@@ -84,11 +85,9 @@ def embed_images(
     arrays = {e: buffers.empty(loader.num_images, _num_patches(e), e.dimension) for e in embedders}
     start = 0
     for batch in progress(loader, description, total=len(loader)):
-        feature_maps = models[0].embedder.extractor(batch["image"])
-        for embedder, array in arrays.items():
-            part = embedder(feature_maps)  # [B, P, D]
-            array[start : start + len(part)] = part
-        start += len(part)
+        end = start + len(batch["image"])
+        embed_batch(batch["image"], list(arrays), [array[start:end] for array in arrays.values()])
+        start = end
     return EmbeddedImages(arrays, projection, buffers)
 
 
