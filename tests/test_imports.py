@@ -30,7 +30,7 @@ ALLOWED = {
     "class_run": {"datasets", "evaluation", "scoring", "storage"},
     "calibration_data": {"class_run", "datasets", "scoring"},
     "prediction": {"datasets", "methods", "storage"},
-    "inference": {"datasets", "evaluation", "prediction", "storage"},
+    "inference": {"datasets", "evaluation", "prediction", "scoring", "storage"},
     "model_update": {"inference", "memory", "methods", "prediction", "scoring", "storage"},
     "stored_models": {"prediction", "storage"},
     "pipeline": {
