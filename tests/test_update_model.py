@@ -16,11 +16,13 @@ from test_predict import example
 from patchcore import load_detector
 from patchcore.cli import update_model
 from patchcore.configs import RuntimeConfig, TrainingSource
+from patchcore.configs.thresholds import ThresholdRule
 from patchcore.detector import DETECTORS, AnomalyDetector
 from patchcore.errors import DataError
 from patchcore.memory.continued_coreset import continued_selection
 from patchcore.memory.sampler import build_sampler, num_selected
 from patchcore.prediction import open_detector
+from patchcore.scoring.thresholds import with_rule
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -89,7 +91,7 @@ def test_other_samplers_keep_their_share_of_the_new(sampler: str, count: int) ->
         continued_selection(build_sampler("approx_greedy_coreset", 0.5), features, nothing, torch.Generator())
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["patchcore", pytest.param("ensemble", marks=pytest.mark.slow)])
 def test_bank_grows_and_new_images_become_normal(method: str, models: Path, images: Path, tmp_path: Path) -> None:
     finished = run(models / method, images, "--out", tmp_path / "new")
     assert finished.code == 0, finished.err
@@ -126,6 +128,26 @@ def test_thresholds_join_old_scores_and_those_of_banks_without_the_image(
     by_old = open_detector(models / "patchcore", CPU).predict(pixels).scores
     by_new = new.predict(pixels).scores
     assert (by_new < joined[6:]).all() and (joined[6:] < by_old).all()
+
+
+def test_the_rule_of_the_model_is_kept_or_replaced(models: Path, images: Path, tmp_path: Path) -> None:
+    detector = open_detector(models / "patchcore", CPU)
+    assert detector.calibration_ is not None
+    detector.calibration_ = with_rule(detector.calibration_, ThresholdRule("quantile", 0.8))
+    detector.save(tmp_path / "quantile")
+    detector.calibration_ = replace(detector.calibration_, rule=ThresholdRule("f1"))
+    detector.save(tmp_path / "f1")
+    refused = run(tmp_path / "f1", images, "--out", tmp_path / "new")
+    assert refused.code == 2 and "labelled validation images" in refused.err
+    assert run(tmp_path / "quantile", images, "--out", tmp_path / "kept").code == 0
+    kept = open_detector(tmp_path / "kept", CPU).calibration_
+    assert kept is not None and kept.rule == ThresholdRule("quantile", 0.8)
+    assert kept.image.threshold == sorted(kept.image_scores)[8]  # rank 9 of 10: the 0.8 of 11 rounded up
+    assert run(tmp_path / "f1", images, "--out", tmp_path / "plain", "--threshold_rule", "mean3std").code == 0
+    plain = open_detector(tmp_path / "plain", CPU).calibration_
+    assert plain is not None and plain.rule == ThresholdRule()
+    too_much = run(models / "patchcore", images, "--out", tmp_path / "x", "--threshold_rule", "quantile:0.99")
+    assert too_much.code == 1 and not (tmp_path / "x").exists()
 
 
 def test_one_image_is_scored_by_the_bank_before(models: Path, images: Path, tmp_path: Path) -> None:
@@ -177,6 +199,7 @@ def test_what_cannot_be_updated(models: Path, images: Path, tmp_path: Path) -> N
     assert not (models / "before_update").exists()
 
 
+@pytest.mark.slow
 def test_models_without_thresholds(images: Path, tmp_path: Path) -> None:
     minmax = calibrated("ensemble", replace(EXAMPLES["ensemble"], score_normalization="minmax"))
     minmax.save(tmp_path / "m")
