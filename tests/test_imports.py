@@ -31,7 +31,7 @@ ALLOWED = {
     "class_run": {"class_data", "datasets", "evaluation", "scoring", "storage"},
     "calibration_data": {"class_data", "datasets", "scoring"},
     "prediction": {"datasets", "methods", "storage"},
-    "inference": {"datasets", "evaluation", "prediction", "storage"},
+    "inference": {"datasets", "evaluation", "prediction", "scoring", "storage"},
     "model_update": {"inference", "memory", "methods", "prediction", "scoring", "storage"},
     "stored_models": {"prediction", "storage"},
     "pipeline": {

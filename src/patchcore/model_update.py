@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from patchcore.configs import RuntimeConfig
-from patchcore.configs.thresholds import F1
+from patchcore.configs.thresholds import F1, ThresholdRule
 from patchcore.detector import AnomalyDetector
 from patchcore.errors import ConfigurationError, DataError
 from patchcore.inference.detector import prepared_image
@@ -25,8 +25,7 @@ from patchcore.inference.inputs import find_inputs, require_inputs
 from patchcore.memory.buffers import Buffers
 from patchcore.memory.continued_coreset import continued_selection
 from patchcore.methods.ensemble import Ensemble
-from patchcore.methods.patchcore import PatchCore, PatchEmbedder
-from patchcore.methods.training_features import embed_images
+from patchcore.methods.patchcore import PatchCore, PatchEmbedder, embed_images
 from patchcore.prediction import StoredModel, prepare_stored, read_header
 from patchcore.runtime import available_cpus, derive_seed, progress, resolve_device, set_threads
 from patchcore.scoring.calibration import Calibration, MapStatistics, calibrate, fold_bounds
@@ -47,6 +46,7 @@ class UpdateJob:
         out: Folder of the new model, which must not exist; None puts it in the place of the old one, which is kept.
         runtime: How the machine computes.
         batch_size: Images that the model takes at once.
+        threshold_rule: How the new thresholds are chosen; None for the rule of the model.
     """
 
     model: Path
@@ -54,6 +54,7 @@ class UpdateJob:
     out: Path | None = None
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     batch_size: int = 8
+    threshold_rule: ThresholdRule | None = None
 
 
 class _Images:
@@ -122,13 +123,15 @@ class _Update:
                 f"model {str(job.model)!r} is of method {header.method!r}, which keeps no memory bank that images "
                 "could be added to: train it anew with all images"
             )
-        if header.calibration is not None and header.calibration.rule.name == F1:
-            raise ConfigurationError(
-                f"model {str(job.model)!r} has thresholds of the highest F1 on labelled images, which are not stored "
-                "with it: train it anew with all images, or with another --threshold_rule"
-            )
         builder = prepare_stored(header, str(job.model), job.runtime)
         self.batch_size = job.batch_size
+        self.rule = job.threshold_rule
+        stored_rule = header.calibration.rule if header.calibration is not None else None
+        if stored_rule is not None and (self.rule or stored_rule).name == F1:
+            raise ConfigurationError(
+                f"model {str(job.model)!r}: the rule {F1} needs labelled validation images, which an update has not: "
+                "type --threshold_rule mean3std or quantile:Q"
+            )
         device = resolve_device(job.runtime.device, job.runtime.gpus)
         self._new: Callable[[], AnomalyDetector] = lambda: builder(header.source, device)
         self.detector = StoredModel(job.model, header, builder).restore(device)
@@ -199,7 +202,7 @@ class _Update:
                 maps.append(MapStatistics.of([prediction.maps]))
         assert stored.map_maxima is not None and stored.pixel_floor is not None
         floors = np.full(len(stored.map_maxima), stored.pixel_floor)
-        calibration = calibrate(
+        joined = calibrate(
             stored.method,
             stored.num_folds + len(folds),
             np.concatenate([stored.image_scores, *scores]),
@@ -208,7 +211,7 @@ class _Update:
                 np.concatenate([floors, *(m.means for m in maps)]),
             ),
         )
-        return with_rule(calibration, stored.rule)
+        return with_rule(joined, self.rule or stored.rule)
 
 
 def _read_images(job: UpdateJob, detector: AnomalyDetector) -> torch.Tensor:

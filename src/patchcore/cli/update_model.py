@@ -11,6 +11,7 @@ from patchcore.cli.grammar import EXIT_FAILED, OneLineErrors, announce, quiet_li
 from patchcore.cli.predict import PRECISION_OPTION
 from patchcore.cli.steps import RUNTIME_OPTIONS, with_options
 from patchcore.configs import RuntimeConfig, require_at_least
+from patchcore.configs.thresholds import ThresholdRule
 from patchcore.errors import DataError
 from patchcore.runtime import log_to_console
 
@@ -22,6 +23,7 @@ LOGGER = logging.getLogger(__name__)
     click.argument("model_folder"),
     click.argument("inputs", metavar="IMAGE_OR_FOLDER...", nargs=-1, required=True),
     click.option("--out", default=None, help="New folder for the new model; MODEL_FOLDER is replaced if left out."),
+    click.option("--threshold_rule", default=None, help="mean3std or quantile:Q; that of the model if left out."),
     *RUNTIME_OPTIONS,
     PRECISION_OPTION,
     click.option("--batch_size", type=int, default=8, show_default=True, help="Images that the model takes at once."),
@@ -30,6 +32,7 @@ def update_model(
     model_folder: str,
     inputs: tuple[str, ...],
     out: str | None,
+    threshold_rule: str | None,
     gpus: tuple[int, ...],
     device: str,
     threads: int | None,
@@ -50,7 +53,8 @@ def update_model(
     from patchcore.model_update import update_model as update
 
     runtime = RuntimeConfig(device, gpus, threads, precision)
-    job = UpdateJob(Path(model_folder), inputs, Path(out) if out is not None else None, runtime, batch_size)
+    rule = ThresholdRule.parse(threshold_rule) if threshold_rule is not None else None
+    job = UpdateJob(Path(model_folder), inputs, Path(out) if out is not None else None, runtime, batch_size, rule)
     try:
         update(job, announce)
     except DataError as error:

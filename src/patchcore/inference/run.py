@@ -171,7 +171,7 @@ def opened_recorder(job: PredictionJob, announce: Callable[[str], None], watchin
     loaded = load_with(job.model, job.runtime, job.batch_size, job.num_workers, job.resize_px)
     region = loaded.region(job.roi)
     _say_what_is_missing(job, loaded, announce)
-    with _kept_for_this_call(job.out), loaded.workers() as pool:
+    with kept_for_this_call(job.out), loaded.workers() as pool:
         yield Recorder(job, loaded, region, pool, OutputNames())
 
 
@@ -188,7 +188,7 @@ def _say_what_is_missing(job: PredictionJob, loaded: LoadedDetector, announce: C
 
 
 @contextmanager
-def _kept_for_this_call(out: Path | None) -> Iterator[None]:
+def kept_for_this_call(out: Path | None) -> Iterator[None]:
     """Make the folder of the outputs, and keep other calls out of it."""
     if out is None:
         yield

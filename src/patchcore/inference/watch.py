@@ -13,6 +13,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -70,6 +71,7 @@ class WatchState:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._state.close()
         self._table.close()
+        self._take_up()  # Ctrl-C may have come between a line of the state and its row
 
     @property
     def names(self) -> list[str]:
@@ -224,9 +226,12 @@ def watch_files(
     require_positive("--patience", patience)
     if job.out is None:
         raise ConfigurationError("--watch keeps its state in the folder of the outputs: type --out")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a service is ended like that
     tally = Tally()
-    with opened_recorder(job, announce, watching=True) as recorder, WatchState(job.out, job) as state:
+    with (
+        _ended_by_sigterm(),
+        opened_recorder(job, announce, watching=True) as recorder,
+        WatchState(job.out, job) as state,
+    ):
         recorder.names = OutputNames(state.names)
         before = f", {len(state)} files were done before" if len(state) else ""
         announce(f"watching {', '.join(job.inputs)} - Ctrl-C ends it{before}")
@@ -235,6 +240,16 @@ def watch_files(
         except KeyboardInterrupt:
             announce(f"ended: {tally}: {job.out / TABLE}")
     return tally
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Take SIGTERM, by which services are ended, for Ctrl-C."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _watch(
