@@ -261,7 +261,7 @@ def test_what_was_not_written_is_refused_by_name(case: str, folder: Path, origin
     DAMAGE[case][0](folder)
     changed = [p.name for p in sorted(original.iterdir()) if read_or_none(folder / p.name) != p.read_bytes()]
     with pytest.raises(ConfigurationError) as refused:
-        open_detector(folder, CPU)
+        read_model_tensors(folder)
     assert changed and all(name in str(refused.value) for name in changed) and "\n" not in str(refused.value)
 
 
@@ -276,7 +276,7 @@ def test_every_bit_counts(folder: Path) -> None:
     for place in (0, 9, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
         with pytest.raises(ConfigurationError, match=r"search_index.safetensors is not the file that was written"):
-            open_detector(folder, CPU)
+            read_model_tensors(folder)
     path.write_bytes(whole)
     text = (folder / "model.json").read_text(encoding="utf-8")
     threshold = json.loads(text)["calibration"]["image"]["threshold"]
@@ -305,7 +305,7 @@ def test_files_of_another_model_are_refused(folder: Path, trained: PatchCore, tm
         mixed = shutil.copytree(folder, tmp_path / f"mixed {name}")
         shutil.copy(other / name, mixed / name)
         with pytest.raises(ConfigurationError, match=r"search_index.safetensors is not the file that was written"):
-            open_detector(mixed, CPU)
+            read_model_tensors(mixed)
 
 
 def test_members_that_model_json_does_not_list(folder: Path, original: Path) -> None:
