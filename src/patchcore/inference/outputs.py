@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ RECORD = (
 )  # fmt: skip
 MAX_NAME_BYTES = 150  # of an output without number and suffix; file systems end at 255
 DEEPEST_LEVEL = 2**16 - 1
-COMPRESSION = 1  # of PNGs: the highest takes ten times as long for a tenth of the size
+COMPRESSION = zlib.Z_RLE  # of PNGs: on photographs smaller than zlib's default at level 1, and faster
 
 
 @dataclass(frozen=True)
@@ -243,7 +244,7 @@ def _write_png(out: Path, relative: str, picture: Image.Image, comment: str | No
     buffer, info = io.BytesIO(), PngInfo()
     if comment is not None:
         info.add_text("Comment", comment)
-    picture.save(buffer, format="PNG", compress_level=COMPRESSION, pnginfo=info)
+    picture.save(buffer, format="PNG", compress_type=COMPRESSION, pnginfo=info)
     write_bytes(out / relative, buffer.getvalue())
     return relative
 
