@@ -58,6 +58,8 @@ bench: $(INSTALLED)
 
 bench-full: bench
 	$(BIN)/python benchmarks/run.py --rows coreset_large $(MEASURED)
+	$(BIN)/python benchmarks/search.py --data "$(or $(DATA),demo/data)" --category "$(CATEGORY)"
+	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/fastflow.py
 	$(BIN)/python benchmarks/fastflow_tiles.py
 
