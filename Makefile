@@ -54,10 +54,12 @@ PEERS := .venv-peers
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/run.py $(MEASURED)
-	$(BIN)/python benchmarks/stage_shares.py $(MEASURED)
 
 bench-full: bench
+	$(BIN)/python benchmarks/stage_shares.py $(MEASURED)
 	$(BIN)/python benchmarks/run.py --rows coreset_large $(MEASURED)
+	$(BIN)/python benchmarks/search.py --data "$(or $(DATA),demo/data)" --category "$(CATEGORY)"
+	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/fastflow.py
 	$(BIN)/python benchmarks/fastflow_tiles.py
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import runs
+import search
 import stages
 from flat_index import tell_faiss_the_processor
 from material import Material, Settings, demo_data
@@ -30,6 +31,7 @@ DEMO_FOLDER = Path(__file__).parents[1] / "demo" / "data"
 GROUPS: dict[str, Callable[[Material], list[Row]]] = {
     "coreset": stages.coreset,
     "embedding": stages.embedding,
+    "search": search.rows,
     "metrics": stages.metrics,
     "pictures": stages.pictures,
     "fit": runs.fit,
@@ -43,6 +45,10 @@ ORDER = (
     "coreset",
     "coreset_large",
     "embedding",
+    "search_flat_k1",
+    "search_flat_k3",
+    "search_projected_k1",
+    "search_projected_k3",
     "metrics",
     "fit",
     "peers_fit",

@@ -206,7 +206,7 @@ def test_metrics_of_scikit_learn_are_the_toolkits(load: Any) -> None:
         assert value == pytest.approx(ours[name], abs=1e-9), name
 
 
-FAST_GROUPS = ("calibration", "coreset", "embedding", "fit", "metrics", "pictures", "predict")
+FAST_GROUPS = ("calibration", "coreset", "embedding", "fit", "metrics", "pictures", "predict", "search")
 SLOW_GROUPS = ("coreset_large", "start")
 
 
