@@ -21,7 +21,7 @@ from PIL import Image
 from test_imports import MODULES, SOURCE
 from torchvision.models import resnet18
 
-from patchcore.cli import load_and_evaluate_patchcore, predict
+from patchcore.cli import load_and_evaluate_patchcore, predict, update_model
 from patchcore.errors import ConfigurationError
 from patchcore.features.backbones import load_backbone
 from patchcore.prediction import open_detector
@@ -407,3 +407,10 @@ def test_nothing_in_the_toolkit_unpickles_objects(path: Path) -> None:
 )
 def test_what_would_unpickle_is_found(line: str) -> None:
     assert unpickling(line, set())
+
+
+def test_they_are_not_updated(bank: np.ndarray, tmp_path: Path) -> None:
+    model = write_original(tmp_path / "model", bank)
+    finished = invoke(update_model, model, tmp_path)
+    assert finished.code == 2
+    assert "original repository" in finished.error_lines[-1]

@@ -25,12 +25,14 @@ from patchcore.inference.inputs import find_inputs, require_inputs
 from patchcore.memory.buffers import Buffers
 from patchcore.memory.continued_coreset import continued_selection
 from patchcore.methods.ensemble import Ensemble
-from patchcore.methods.patchcore import PatchCore, PatchEmbedder, embed_images
+from patchcore.methods.patchcore import PatchCore, PatchEmbedder
+from patchcore.methods.training_features import embed_images
 from patchcore.prediction import StoredModel, prepare_stored, read_header
 from patchcore.runtime import available_cpus, derive_seed, progress, resolve_device, set_threads
 from patchcore.scoring.calibration import Calibration, MapStatistics, calibrate, fold_bounds
 from patchcore.scoring.thresholds import with_rule
 from patchcore.storage.files import write_folder
+from patchcore.storage.legacy import is_original_folder
 
 BANK = "memory_bank"
 KEPT_FOLDER = "before_update"  # not beside the model: scripts take every folder there for a model of the run
@@ -116,6 +118,11 @@ class _Update:
     def __init__(self, job: UpdateJob) -> None:
         if job.model.is_file():
             raise ConfigurationError(f"{str(job.model)!r} is a file, expected a model folder: exports are not updated")
+        if is_original_folder(job.model):
+            raise ConfigurationError(
+                f"{str(job.model)!r} was written by the original repository, which stores neither the share of patches "
+                "that its bank keeps nor thresholds: train the model anew with all images"
+            )
         header = read_header(job.model)
         assert header is not None  # of a folder there is one
         if header.method not in (PatchCore.method, Ensemble.method):
