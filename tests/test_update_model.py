@@ -199,6 +199,12 @@ def test_what_cannot_be_updated(models: Path, images: Path, tmp_path: Path) -> N
     assert not (models / "before_update").exists()
 
 
+def test_compressed_banks_are_refused(images: Path, tmp_path: Path) -> None:
+    calibrated("patchcore", replace(EXAMPLES["patchcore"], index="fp16")).save(tmp_path / "fp16")
+    finished = run(tmp_path / "fp16", images, "--out", tmp_path / "new")
+    assert finished.code == 2 and "compressed index" in finished.err and not (tmp_path / "new").exists()
+
+
 @pytest.mark.slow
 def test_models_without_thresholds(images: Path, tmp_path: Path) -> None:
     minmax = calibrated("ensemble", replace(EXAMPLES["ensemble"], score_normalization="minmax"))

@@ -102,7 +102,7 @@ def update_model(job: UpdateJob, announce: Callable[[str], None]) -> Path:
     _say_what_was_learned(update.detector, updated, len(images), num_picked, announce)
     if job.out is None:
         announce(f"the model before: {_keep(job.model)}")
-    target = job.out or job.model
+    target = job.out or job.model.resolve()  # a link goes on leading to the model
     updated.save(target)
     announce(f"model: {target}")
     return target
@@ -152,7 +152,8 @@ class _Update:
             else []
         )
         self.bank_names = [name for name in self.tensors if name.rpartition("/")[2] == BANK]
-        if len(self.bank_names) != len(self.members):
+        whole = all(self.tensors[name].dtype == torch.float32 for name in self.bank_names)
+        if len(self.bank_names) != len(self.members) or not whole:
             raise ConfigurationError(
                 f"model {str(job.model)!r} keeps its memory bank in a compressed index, which cannot grow: train it "
                 "anew with all images, or with --index flat"
