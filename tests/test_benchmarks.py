@@ -18,7 +18,7 @@ import pytest
 import torch
 from conftest import REPOSITORY, write_category
 
-from patchcore.configs import BackboneConfig, PreprocessingConfig
+from patchcore.configs import INDEXES, BackboneConfig, PreprocessingConfig
 from patchcore.datasets.inspection import DatasetSplit
 from patchcore.errors import ConfigurationError
 from patchcore.evaluation.summary import class_metrics
@@ -372,3 +372,13 @@ def test_make_hands_data_and_category_on() -> None:
         if target != "bench-full":
             assert '--data "/a b/mpdd" --category "rod"' in shown
     assert (BENCHMARKS / "requirements-peers.txt").read_text(encoding="utf-8").splitlines()[1] == "anomalib==2.7.0"
+
+
+def test_the_table_of_indexes_has_a_line_for_each(tiny: Any, load: Any) -> None:
+    lines = load("search").index_table(tiny).splitlines()[4:]
+    assert [line.split("`")[1] for line in lines] == list(INDEXES)
+    cells = {line.split("`")[1]: [cell.strip() for cell in line.strip("|").split("|")] for line in lines}
+    assert {len(row) for row in cells.values()} == {8}
+    assert cells["flat"][1] == "1.0000"
+    assert float(cells["sq8"][4]) <= float(cells["fp16"][4]) <= float(cells["flat"][4])
+    assert "needs 19968" in cells["ivfpq"][1]
