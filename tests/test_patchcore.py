@@ -22,6 +22,8 @@ from patchcore.configs import (
 from patchcore.detector import NotFittedError
 from patchcore.errors import ConfigurationError, DataError
 from patchcore.features.extractor import FeatureExtractor, build_extractor
+from patchcore.memory import torch_search
+from patchcore.memory.torch_search import principal_directions
 from patchcore.methods.patchcore import PatchCore, PatchEmbedder
 
 SIDE = 64
@@ -316,6 +318,28 @@ def test_calibration_follows_the_seed_and_leaves_the_model_alone(
 
     assert calibrated(0) == calibrated(0)
     assert calibrated(0) != calibrated(1)
+
+
+def test_folds_are_searched_in_the_directions_of_the_model(
+    extractor: FeatureExtractor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Learning directions takes as long as searching for dozens of images; which they are changes no distance."""
+    monkeypatch.setattr(torch_search, "PROJECTED_ROWS_AT_LEAST", 100)
+    learned: list[int] = []
+
+    def learn(bank: torch.Tensor, centre: torch.Tensor) -> torch.Tensor | None:
+        learned.append(len(bank))
+        return principal_directions(bank, centre)
+
+    monkeypatch.setattr(torch_search, "principal_directions", learn)
+    thresholds = {}
+    for index in ("flat", "projected"):
+        model = build(extractor, num_nn=1, index=index, sampler=SamplerConfig("random", 0.5))
+        calibration = model.fit(Batches(random_images(8, 3))).out_of_fold_calibration()
+        assert calibration is not None
+        thresholds[index] = calibration.image.threshold
+    assert learned == [8 * 64 // 2]
+    assert thresholds["projected"] == pytest.approx(thresholds["flat"], rel=1e-3)
 
 
 def test_one_image_gives_no_calibration(extractor: FeatureExtractor, train: torch.Tensor) -> None:

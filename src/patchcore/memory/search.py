@@ -62,6 +62,9 @@ class NearestNeighbours(ABC):
         self.num_rows_, self.dimension_ = bank.shape
         return self
 
+    def share(self, other: NearestNeighbours) -> None:  # noqa: B027  # most learn nothing that takes long
+        """Take over, before `fit`, what a search of the same kind has learned of a bank of similar rows."""
+
     @torch.no_grad()
     def search(self, queries: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Find the k nearest rows of the bank for each query.

@@ -130,10 +130,18 @@ class ProjectedNN(TorchNN):
 
     directions_: torch.Tensor | None
     keys_: torch.Tensor
+    _shared_directions: torch.Tensor | None = None
+
+    def share(self, other: NearestNeighbours) -> None:
+        """Use the directions of another search: learning them takes as long as searching for dozens of images."""
+        if isinstance(other, ProjectedNN):
+            self._shared_directions = other.directions_
 
     def _measure(self) -> None:
         super()._measure()
-        self.directions_ = principal_directions(self.bank_, self.centre_)
+        self.directions_ = self._shared_directions
+        if self.directions_ is None:
+            self.directions_ = principal_directions(self.bank_, self.centre_)
         if self.directions_ is None:
             return
         self.keys_ = self.bank_.new_empty(len(self.bank_), self.directions_.shape[1] + 1)

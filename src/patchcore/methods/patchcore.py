@@ -202,10 +202,15 @@ class PatchCore(AnomalyDetector):
     def _set_bank(self, bank: torch.Tensor) -> None:
         self._scorer = self._fitted_scorer(bank, "memory bank", "lower it")
 
-    def _fitted_scorer(self, bank: torch.Tensor, what: str, remedy: str) -> NearestNeighbourScorer:
+    def _fitted_scorer(
+        self, bank: torch.Tensor, what: str, remedy: str, whole_model: NearestNeighbours | None = None
+    ) -> NearestNeighbourScorer:
         self._require_neighbours(len(bank), what, remedy)
         require_trainable(self.config.index, len(bank), self.embedder.dimension, what)
-        return NearestNeighbourScorer(self.config.num_nn, self._new_search()).fit(bank)
+        search = self._new_search()
+        if whole_model is not None:
+            search.share(whole_model)
+        return NearestNeighbourScorer(self.config.num_nn, search).fit(bank)
 
     def _new_search(self) -> NearestNeighbours:
         runtime = self.runtime
@@ -262,7 +267,8 @@ class PatchCore(AnomalyDetector):
         for number, (start, end) in enumerate(progress(folds, f"{self.source.category}: calibration")):
             rest = torch.cat([order[:start], order[end:]]).sort().values
             bank = self._fold_bank(rest, number)
-            scorer = self._fitted_scorer(bank, "memory bank of a calibration fold", remedy)
+            whole_model = self._require_fitted().nearest_neighbours
+            scorer = self._fitted_scorer(bank, "memory bank of a calibration fold", remedy, whole_model)
             for chunk in order[start:end].split(IMAGES_PER_SEARCH):
                 part = self._score(embeddings[chunk], scorer)
                 scores.images[chunk], scores.patches[chunk] = part.images, part.patches
