@@ -90,6 +90,8 @@ def _extra_memory(points: torch.Tensor, percentage: float, threads: int) -> floa
     context = multiprocessing.get_context("spawn")  # a forked process shares pages, which blurs the peak
     with context.Pool(1) as pool:
         extra_bytes = pool.apply(_peak_of_selection, (points.numpy(), percentage, threads))
+        pool.close()
+        pool.join()  # a process that is ended instead leaves semaphores behind, with a warning
     return extra_bytes / points.numpy().nbytes
 
 
