@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import IMAGE_PX, write_category
+from conftest import IMAGE_PX, write_category, write_texture
 from in_process import Finished, invoke, read_rows
 from PIL import Image
 from test_imports import MODULES, SOURCE
@@ -411,6 +411,7 @@ def test_what_would_unpickle_is_found(line: str) -> None:
 
 def test_they_are_not_updated(bank: np.ndarray, tmp_path: Path) -> None:
     model = write_original(tmp_path / "model", bank)
-    finished = invoke(update_model, model, tmp_path)
+    write_texture(tmp_path / "new" / "0.png", 1)
+    finished = invoke(update_model, model, tmp_path / "new")
     assert finished.code == 2
     assert "original repository" in finished.error_lines[-1]
