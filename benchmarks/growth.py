@@ -56,7 +56,7 @@ def table(found: Mapping[int, Measurement]) -> str:
 
 def plot(found: Mapping[int, Measurement], title: str) -> Image.Image:
     """Draw time and memory over the number of images, both logarithmic, with the exponents in the legends."""
-    figure, canvas = new_figure(10, 4.2)
+    figure, canvas = new_figure(10, 5)
     figure.suptitle(title)
     panels = figure.subplots(1, 2)
     sizes = list(found)
@@ -75,7 +75,7 @@ def plot(found: Mapping[int, Measurement], title: str) -> Image.Image:
         panel.set_ylabel(what)
         panel.grid(color="0.9")
         panel.spines[["top", "right"]].set_visible(False)
-        panel.legend(frameon=False)
+        panel.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return drawn(canvas)
 
 
@@ -104,7 +104,7 @@ def main() -> None:
     finally:
         if options.folder is None:
             shutil.rmtree(folder)
-    title = f"{BACKBONE.name}, bank of {options.percentage:.3g} of the patches, {options.threads} thread(s)"
+    title = f"{BACKBONE.name}, bank of {100 * options.percentage:g} % of the patches, {options.threads} thread(s)"
     title += f", --memory_budget {options.budget}" if options.budget else ""
     print(f"{title}\n\n{table(found)}")
     content = io.BytesIO()
