@@ -15,7 +15,7 @@ REPOSITORY = Path(__file__).parent.parent
 SOURCE = REPOSITORY / "src" / "patchcore"
 MODULES = sorted(SOURCE.rglob("*.py"))
 
-FREE_FOR_ALL = {"configs", "config_json", "detector", "digests", "runtime", "errors"}
+FREE_FOR_ALL = {"configs", "config_json", "detector", "digests", "runtime", "errors", "failures"}
 # Package: the packages it may import besides itself and FREE_FOR_ALL.
 ALLOWED = {
     "cli": {"presets"},
@@ -28,8 +28,10 @@ ALLOWED = {
     "detector": {"scoring", "storage"},
     "methods": {"features", "memory", "scoring"},
     "class_data": {"datasets", "evaluation"},
-    "class_run": {"class_data", "datasets", "evaluation", "scoring", "storage"},
+    "class_run": {"batch_halving", "class_data", "datasets", "evaluation", "resuming", "scoring", "storage"},
     "calibration_data": {"class_data", "datasets", "scoring"},
+    "batch_halving": set(),
+    "resuming": {"storage"},
     "prediction": {"datasets", "methods", "storage"},
     "inference": {"datasets", "evaluation", "prediction", "scoring", "storage"},
     "model_update": {"inference", "memory", "methods", "prediction", "scoring", "storage"},
@@ -38,6 +40,7 @@ ALLOWED = {
         "calibration_data",
         "class_data",
         "class_run",
+        "resuming",
         "stored_models",
         "methods",
         "datasets",
@@ -57,6 +60,7 @@ ALLOWED = {
     "digests": set(),
     "runtime": set(),
     "errors": set(),
+    "failures": set(),
 }
 CLI_CALLBACKS_MAY_IMPORT = {
     "pipeline",

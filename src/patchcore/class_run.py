@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from patchcore.batch_halving import PredictInMemory, fit_in_memory
 from patchcore.class_data import count_lost_regions, open_dataset, open_validation
 from patchcore.configs import DatasetConfig, EpochConfig, OutputConfig, RunConfig, TrainingSource
 from patchcore.datasets.images import IGNORED
@@ -32,13 +32,14 @@ from patchcore.evaluation.plots.pictures import (
     segmentation_picture,
 )
 from patchcore.evaluation.summary import class_metrics, defect_metrics
+from patchcore.resuming import checkpoint_path, read_checkpoint, remove_checkpoint
 from patchcore.runtime import in_threads, peak_memory_megabytes, progress, reset_peak_memory
 from patchcore.scoring.calibration import Calibration, MapStatistics, calibrate
 from patchcore.scoring.thresholds import LabelledScores, ValidationScores, with_rule
 from patchcore.storage import run_folder
 from patchcore.storage.files import write_bytes, write_csv
 from patchcore.storage.run_folder import ClassResult
-from patchcore.storage.torch_export import read_state, state_bytes
+from patchcore.storage.torch_export import state_bytes
 
 LOGGER = logging.getLogger(__name__)
 
@@ -62,7 +63,10 @@ class ClassTask:
     log_group: str = ""
 
     def row_name(self, category: str) -> str:
-        return f"{self.dataset.name}_{category}"
+        return run_folder.row_name(self.dataset.name, category)
+
+    def checkpoint(self, category: str) -> Path:
+        return checkpoint_path(self.folder, self.row_name(category))
 
     @property
     def images_per_pass(self) -> int:
@@ -107,11 +111,11 @@ def train_class(
     history_folder = task.folder / "training" / task.row_name(category)
     started = time.perf_counter()
     try:
-        detector.fit(_loader(task, train))
+        fit_in_memory(detector, lambda size: _loader(task, train, size), task.images_per_pass)
     except ConfigurationError as error:
         if detector.plan.resume_from is None:
             raise
-        raise DataError(f"{_checkpoint(task, category)}: {error}") from error  # the fault of this class alone
+        raise DataError(f"{task.checkpoint(category)}: {error}") from error  # the fault of this class alone
     finally:  # the history matters most where training failed
         _write_history(history_folder, category, detector.training_artifacts(task.log_group))
     trained = time.perf_counter()
@@ -134,18 +138,8 @@ def train_class(
         "calibration_seconds": calibrated - trained,
     }
     result = evaluate_class(task, category, detector, test, timings)
-    _remove_checkpoint(_checkpoint(task, category))  # last: who resumes an evaluation needs no training again
+    remove_checkpoint(task.checkpoint(category))  # last: who resumes an evaluation needs no training again
     return result
-
-
-def _remove_checkpoint(path: Path) -> None:
-    path.unlink(missing_ok=True)
-    with suppress(OSError):  # there is none, or it holds those of other classes
-        path.parent.rmdir()
-
-
-def _checkpoint(task: ClassTask, category: str) -> Path:
-    return task.folder / "checkpoints" / f"{task.row_name(category)}.pt"
 
 
 def _training_plan(
@@ -156,7 +150,7 @@ def _training_plan(
     test: InspectionDataset,
 ) -> TrainingPlan:
     """Return what surrounds the epochs of a class: held-out images, checkpoints, numbers that select nothing."""
-    path = _checkpoint(task, category)
+    path = task.checkpoint(category)
     every = task.epochs
 
     def after_epoch(epoch: int, state: Callable[[], dict[str, Any]]) -> None:
@@ -167,19 +161,10 @@ def _training_plan(
 
     return TrainingPlan(
         held_out=_loader(task, held_out) if len(held_out) else None,
-        resume_from=_interrupted(path, category) if path.exists() else None,
+        resume_from=read_checkpoint(path, category) if path.exists() else None,
         after_epoch=after_epoch if every != EpochConfig(None, None) else None,
         scratch_folder=task.folder,
     )
-
-
-def _interrupted(path: Path, category: str) -> dict[str, Any]:
-    """Read the state that an interrupted training left."""
-    LOGGER.info("%s: resumes from %s", category, path)
-    try:
-        return read_state(path)
-    except ConfigurationError as error:
-        raise DataError(f"checkpoint {str(path)!r} is damaged ({error}): remove it") from error
 
 
 def _announce_epoch(task: ClassTask, epoch: int, detector: AnomalyDetector, test: InspectionDataset) -> None:
@@ -203,22 +188,9 @@ def _write_history(folder: Path, category: str, artifacts: TrainingArtifacts) ->
     )
 
 
-def outputs_exist(task: ClassTask, row_name: str) -> bool:
-    """Return whether what a run was asked for is there for a class; single pictures are not counted."""
-    scores = task.folder / "anomaly_scores"
-    wanted = [scores / f"{row_name}.csv"]
-    if task.outputs.anomaly_maps:
-        wanted.append(scores / f"{row_name}.npz")
-    if task.outputs.models:
-        wanted.append(task.folder / "models" / row_name)
-    if task.outputs.segmentation_images:
-        wanted.append(task.folder / "segmentation_images" / row_name)
-    return all(path.exists() for path in wanted)
-
-
-def _loader(task: ClassTask, dataset: InspectionDataset) -> ImageLoader:
+def _loader(task: ClassTask, dataset: InspectionDataset, images_per_pass: int | None = None) -> ImageLoader:
     pin_memory = task.device.type == "cuda"
-    return ImageLoader(dataset, task.images_per_pass, task.dataset.num_workers, pin_memory)
+    return ImageLoader(dataset, images_per_pass or task.images_per_pass, task.dataset.num_workers, pin_memory)
 
 
 def _calibrate(
@@ -256,9 +228,10 @@ def _predict(detector: AnomalyDetector, loader: ImageLoader, keep_images: bool) 
     masks: list[np.ndarray] = []
     images: list[np.ndarray] = []
     sizes: list[tuple[int, int]] = []
+    predict = PredictInMemory(detector)
     started = time.perf_counter()
     for batch in progress(loader, f"{loader.dataset.category}: scoring", total=len(loader)):
-        predictions.append(detector.predict(batch["image"]))
+        predictions += predict(batch["image"])
         sizes += [tuple(image.shape[1:]) for image in batch["image"]]
         # Copies: what a worker sent keeps a file open as long as it is held, and systems allow about a thousand.
         if "mask" in batch:

@@ -11,6 +11,10 @@ class ConfigurationError(ValueError):
     """
 
 
+class Terminated(BaseException):
+    """The process was asked to end (SIGTERM), as Ctrl-C asks with KeyboardInterrupt; no failure of what it met."""
+
+
 class DataError(RuntimeError):
     """Something is wrong with the files of one class (exit code 1; other classes go on).
 

@@ -12,6 +12,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import patchcore
 import patchcore.methods  # enters every detector into the registry
 from patchcore.calibration_data import require_calibration_images
 from patchcore.class_data import open_dataset
-from patchcore.class_run import ClassTask, evaluate_class, outputs_exist, train_class
+from patchcore.class_run import ClassTask, evaluate_class, train_class
 from patchcore.config_json import config_to_dict
 from patchcore.configs import (
     DatasetConfig,
@@ -36,6 +37,8 @@ from patchcore.datasets.registry import dataset_class
 from patchcore.detector import DETECTORS, DetectorBuilder
 from patchcore.errors import ConfigurationError, DataError
 from patchcore.evaluation.report import false_alarm_report, text_table
+from patchcore.failures import reason
+from patchcore.resuming import Earlier, finished_classes, new_folder, remove_checkpoint, reopen
 from patchcore.runtime import (
     log_to_file,
     reset_peak_memory,
@@ -76,7 +79,6 @@ def train_and_evaluate(
     """
     categories = resolve_categories(dataset, dataset_class(dataset.name).categories)
     dataset = replace(dataset, categories=tuple(categories))
-    require_calibration_images(run, dataset, DETECTORS[method].has_maps)
     require_trackers(run.tracking, run.log_project)
     parent = Path(run.results_path) / run.log_project
     run_folder.require_writable(parent)
@@ -84,40 +86,63 @@ def train_and_evaluate(
     device = resolve_device(run.runtime.device, run.runtime.gpus)
     run = replace(run, runtime=replace(run.runtime, precision=resolve_precision(run.runtime.precision, device)))
     configs = {category: config_of(category) for category in categories}
-    builders = _prepare(method, configs, dataset.preprocessing, _limited(run.runtime))
     identities = {seed: _identity(method, configs, run, dataset, seed) for seed in run.seeds}
-    for seed, identity in identities.items():
-        _require_resumable(parent / _group(run, seed), identity, run)
     outputs = _possible_outputs(method, run.outputs)
-    seedless = run_folder.group_without_seed(run.log_group)  # seeds of several commands belong together too
-    finished: list[list[ClassResult]] = []
-    complete = True
-    for number, (seed, identity) in enumerate(identities.items(), start=1):
-        if len(identities) > 1:
-            LOGGER.info("seed %d (%d of %d)", seed, number, len(identities))
-        folder = _open_run_folder(parent, _group(run, seed), identity, run, device)
-        task = ClassTask(folder, dataset, outputs, device, run.epochs, _group(run, seed))
-        announce(f"results: {folder}")
-        process = functools.partial(train_class, task, seed=seed, builders=builders, run=run)
-        with (
-            log_to_file(folder / "run.log"),
-            open_tracker(run.tracking, folder, run.log_project, seedless, identity) as tracker,
-        ):
-            results, failures = _process_classes(task, process, run.skip_existing, tracker)
-            tracker.log_mean(run_folder.mean_metrics(results))
-        _announce_results(folder, outputs, results, failures, announce)
-        finished.append(results)
-        complete = complete and not failures
-    if len(run.seeds) > 1:
-        _write_seed_table(parent, run, finished, announce)
+    row_names = {category: run_folder.row_name(dataset.name, category) for category in categories}
+    with ExitStack() as locks:
+        folders = {seed: parent / _group(run, seed) for seed in run.seeds if run.skip_existing}
+        reopened = reopen(folders, identities, locks)
+        earlier = {seed: finished_classes(folder, row_names, outputs) for seed, folder in reopened.items()}
+        left = [c for c in categories if any(earlier.get(seed, {}).get(c) is None for seed in run.seeds)]
+        require_calibration_images(run, replace(dataset, categories=tuple(left)), DETECTORS[method].has_maps)
+        # Not for classes that are finished: what they were trained with may take long to load.
+        runtime = _limited(run.runtime)
+        builders = _prepare(method, {c: configs[c] for c in left}, dataset.preprocessing, runtime)
+        if outputs != run.outputs:
+            LOGGER.warning("%s has no anomaly maps: neither pictures nor raw maps are written", method)
+        finished: list[list[ClassResult]] = []
+        complete = True
+        for number, (seed, identity) in enumerate(identities.items(), start=1):
+            if len(identities) > 1:
+                LOGGER.info("seed %d (%d of %d)", seed, number, len(identities))
+            folder = reopened.get(seed) or new_folder(parent, _group(run, seed), run.skip_existing, locks)
+            if run_folder.is_unused(folder):
+                run_folder.write_run_config(folder, identity, _environment(device))
+            task = ClassTask(folder, dataset, outputs, device, run.epochs, _group(run, seed))
+            process = functools.partial(train_class, task, seed=seed, builders=builders, run=run)
+            results, failures = _run_seed(task, process, earlier.get(seed, {}), run, identity, announce)
+            finished.append(results)
+            complete = complete and not failures
+        if len(run.seeds) > 1:
+            _write_seed_table(parent, run, finished, announce)
     return complete
+
+
+def _run_seed(
+    task: ClassTask,
+    process: Callable[[str], ClassResult],
+    earlier: Earlier,
+    run: RunConfig,
+    identity: dict[str, Any],
+    announce: Announce,
+) -> tuple[list[ClassResult], dict[str, str]]:
+    """Do in one run folder what is left; returns what `_process_classes` does."""
+    announce(f"results: {task.folder}")
+    seedless = run_folder.group_without_seed(run.log_group)  # seeds of several commands belong together too
+    with (
+        log_to_file(task.folder / "run.log"),
+        open_tracker(run.tracking, task.folder, run.log_project, seedless, identity) as tracker,
+    ):
+        results, failures = _process_classes(task, process, earlier, tracker)
+        tracker.log_mean(run_folder.mean_metrics(results))
+    _announce_results(task.folder, task.outputs, results, failures, announce)
+    return results, failures
 
 
 def _possible_outputs(method: str, outputs: OutputConfig) -> OutputConfig:
     """Leave out what takes anomaly maps where a method has none: a run that goes on must not look for it."""
-    if DETECTORS[method].has_maps or not (outputs.segmentation_images or outputs.anomaly_maps):
+    if DETECTORS[method].has_maps:
         return outputs
-    LOGGER.warning("%s has no anomaly maps: neither pictures nor raw maps are written", method)
     return replace(outputs, segmentation_images=False, anomaly_maps=False)
 
 
@@ -181,24 +206,6 @@ def _precision(runtime: RuntimeConfig) -> dict[str, str]:
     return {} if runtime.precision == "float32" else {"precision": runtime.precision}
 
 
-def _require_resumable(folder: Path, identity: dict[str, Any], run: RunConfig) -> None:
-    """Raise ConfigurationError if --skip_existing names a folder that holds another run, or something else."""
-    if run.skip_existing and not run_folder.is_unused(folder):
-        run_folder.require_same_config(folder, identity)
-
-
-def _open_run_folder(parent: Path, group: str, identity: dict[str, Any], run: RunConfig, device: torch.device) -> Path:
-    """Make a run folder, or reopen exactly the named one with --skip_existing."""
-    folder = parent / group
-    if run.skip_existing and folder.exists():
-        if not run_folder.is_unused(folder):
-            return folder
-    else:
-        folder = run_folder.claim_folder(parent, group)
-    run_folder.write_run_config(folder, identity, _environment(device))
-    return folder
-
-
 def _environment(device: torch.device) -> dict[str, Any]:
     return {
         "command": shlex.join(sys.argv),
@@ -212,9 +219,15 @@ def _environment(device: torch.device) -> dict[str, Any]:
 
 
 def _process_classes(
-    task: ClassTask, process: Callable[[str], ClassResult], skip_existing: bool, tracker: Tracker
+    task: ClassTask, process: Callable[[str], ClassResult], earlier: Earlier, tracker: Tracker
 ) -> tuple[list[ClassResult], dict[str, str]]:
     """Process every class, writing the tables after each, so that an interrupted run keeps what it has.
+
+    Args:
+        task: The run.
+        process: What is done for a class.
+        earlier: What an earlier call left, for --skip_existing.
+        tracker: Gets the numbers of each class.
 
     Returns:
         Results of the finished classes, and the reason for each failed one by row name.
@@ -222,40 +235,45 @@ def _process_classes(
     outcomes: dict[str, ClassResult | str] = {}
     LOGGER.debug("%s", _environment(task.device))
     row_names = {category: task.row_name(category) for category in task.dataset.categories}
-    if skip_existing:  # an interruption must not take finished classes out of the tables
-        outcomes |= _finished_before(task.folder, row_names)
-    for step, (category, row_name) in enumerate(row_names.items()):
-        LOGGER.debug("%s begins", category)
-        try:
-            done = run_folder.load_class_result(task.folder, row_name) if skip_existing else None
-            if done is not None and not outputs_exist(task, row_name):
-                LOGGER.warning("%s: finished before, but files of it are gone: done anew", category)
-                done = None
-            if done is not None:
-                LOGGER.info("%s: finished before, skipped", category)
-            outcomes[row_name] = result = done or process(category)
-            tracker.log_class(step, result)
-        except DataError as error:
-            outcomes[row_name] = str(error)
-            LOGGER.error("%s failed: %s", category, error)
-        except Exception as error:  # a defect met in one class must not lose the others
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            outcomes[row_name] = reason
-            LOGGER.exception("%s failed: %s (traceback in %s)", category, reason, task.folder / "run.log")
+    if earlier:  # an interruption must not take finished classes out of the tables
+        outcomes = {row_name: earlier.get(category) or "not done yet" for category, row_name in row_names.items()}
         run_folder.write_tables(task.folder, outcomes)
+    for step, (category, row_name) in enumerate(row_names.items()):
+        known = earlier.get(category)
+        if known is None:
+            if category in earlier:
+                LOGGER.warning("%s: finished before, but files of it are gone: done anew", category)
+            outcomes[row_name] = _outcome(task, category, process)
+            run_folder.write_tables(task.folder, outcomes)
+        elif isinstance(known, ClassResult):
+            LOGGER.info("%s: finished before, skipped", category)
+            remove_checkpoint(task.checkpoint(category))  # which a kill right after the record has left
+        else:
+            LOGGER.error("%s failed: %s", category, known)
+        outcome = outcomes[row_name]
+        if isinstance(outcome, ClassResult):
+            tracker.log_class(step, outcome)
     results = [outcome for outcome in outcomes.values() if isinstance(outcome, ClassResult)]
     return results, {name: outcome for name, outcome in outcomes.items() if isinstance(outcome, str)}
 
 
-def _finished_before(folder: Path, row_names: dict[str, str]) -> dict[str, ClassResult | str]:
-    """Return what an earlier call left of each class: its result, or that it is still to be done."""
-    outcomes: dict[str, ClassResult | str] = {}
-    for row_name in row_names.values():
-        try:
-            outcomes[row_name] = run_folder.load_class_result(folder, row_name) or "not done yet"
-        except DataError as error:
-            outcomes[row_name] = str(error)
-    return outcomes
+def _outcome(task: ClassTask, category: str, process: Callable[[str], ClassResult]) -> ClassResult | str:
+    """Process one class and return its result, or why it failed."""
+    LOGGER.debug("%s begins", category)
+    try:
+        # A record says that all files are whole, which ends with the first that is written anew.
+        run_folder.remove_class_result(task.folder, task.row_name(category))
+        return process(category)
+    except DataError as error:
+        LOGGER.error("%s failed: %s", category, error)
+        return str(error)
+    except Exception as error:  # a defect met in one class must not lose the others
+        why = reason(error)
+        LOGGER.exception("%s failed: %s (traceback in %s)", category, why, task.folder / "run.log")
+        return why
+    except BaseException as error:
+        LOGGER.debug("%s ended by %s", category, type(error).__name__)
+        raise
 
 
 def _announce_results(
@@ -279,8 +297,8 @@ def _announce_results(
         announce(f"models: {folder / 'models'}")
     if outputs.segmentation_images and results:
         announce(f"pictures: {folder / 'segmentation_images'}")
-    for name, reason in failures.items():
-        announce(f"failed: {name}: {reason}")
+    for name, why in failures.items():
+        announce(f"failed: {name}: {why}")
     announce(f"results: {folder}")
 
 
@@ -365,6 +383,6 @@ def load_and_evaluate(
         return evaluate_class(task, category, detector, test, {})
 
     with log_to_file(folder / "run.log"):
-        results, failures = _process_classes(task, process, skip_existing=False, tracker=Tracker([]))
+        results, failures = _process_classes(task, process, {}, Tracker([]))
     _announce_results(folder, outputs, results, failures, announce)
     return not failures

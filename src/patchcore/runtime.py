@@ -8,6 +8,7 @@ import hashlib
 import logging
 import os
 import resource
+import signal
 import sys
 import threading
 import warnings
@@ -16,9 +17,10 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from patchcore.errors import ConfigurationError
+from patchcore.errors import ConfigurationError, Terminated
 
 if TYPE_CHECKING:
     import torch
@@ -67,6 +69,26 @@ def progress(iterable: Iterable[T] | None, description: str, total: int | None =
     )
 
 
+@contextmanager
+def sigterm_as_exception() -> Iterator[None]:
+    """Raise Terminated where SIGTERM arrives, so that what a job scheduler ends is left as after Ctrl-C."""
+    if threading.current_thread() is not threading.main_thread():  # Python hands signals to that one alone
+        yield
+        return
+    process = os.getpid()
+
+    def end(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != process:  # a child process, which has nobody to tell
+            os._exit(128 + number)
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 class _ConsoleHandler(logging.Handler):
     """Writes records above a progress bar; tracebacks go to the log file alone."""
 
@@ -87,10 +109,22 @@ def log_to_console() -> None:
     logger.propagate = False
 
 
+class _LogFileHandler(logging.FileHandler):
+    """Leaves out what finds no room on the disk: the work itself says so, in one line."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # the name that logging calls
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+    def close(self) -> None:
+        with suppress(OSError):  # what is still to be written
+            super().close()
+
+
 @contextmanager
 def log_to_file(path: Path) -> Iterator[None]:
     """Send the toolkit's log to a file as well, with times and tracebacks, while the context lasts."""
-    handler = logging.FileHandler(path, encoding="utf-8", errors="surrogateescape")
+    handler = _LogFileHandler(path, encoding="utf-8", errors="surrogateescape")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger = logging.getLogger("patchcore")
     logger.addHandler(handler)

@@ -25,7 +25,8 @@ from typing import Any
 import click
 
 from patchcore.configs import near_matches
-from patchcore.errors import ConfigurationError
+from patchcore.errors import ConfigurationError, Terminated
+from patchcore.runtime import sigterm_as_exception
 
 HELP = "--help"
 RULE = (
@@ -35,6 +36,7 @@ RULE = (
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
 
 
 class OneLineErrors(click.Command):
@@ -49,12 +51,16 @@ def run_with_exit_code(call: Callable[[], Any]) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")  # paths are printed byte for byte, whatever their encoding
     try:
-        code = call()
+        with sigterm_as_exception():
+            code = call()
     except click.exceptions.Exit as error:
         code = error.exit_code
     except (click.Abort, KeyboardInterrupt):
         _complain("interrupted")
         code = EXIT_INTERRUPTED
+    except Terminated:
+        _complain("terminated")
+        code = EXIT_TERMINATED
     except click.ClickException as error:
         _complain(error.format_message())
         code = EXIT_USAGE

@@ -7,33 +7,35 @@ import io
 import json
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+UNFINISHED = ".part"
+REPLACED = ".old"
 
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file under a temporary name, flush it to disk, and give it its name."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part")
+    temporary = _temporary(path.parent, UNFINISHED)
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):  # a full disk: the temporary name, or none, would tell nobody what is missing
+            raise OSError(error.errno, error.strerror, os.fspath(path)) from error
         raise
 
 
-def _umask() -> int:
-    """Return the process's umask, which can only be read by setting it."""
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
+def _temporary(folder: Path, suffix: str) -> Path:
+    """Return a hidden name that nobody else uses; short, as the name it stands for may be as long as is allowed."""
+    return folder / f".{uuid.uuid4().hex}{suffix}"
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -67,17 +69,44 @@ def csv_line(row: Sequence[str]) -> str:
 def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     """Fill a temporary folder and give it its name; an older folder of that name is replaced."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".", suffix=".part"))
+    temporary = _temporary(folder.parent, UNFINISHED)
+    temporary.mkdir()
     try:
-        os.chmod(temporary, 0o777 & ~_umask())
         fill(temporary)
-        if folder.exists():
-            older = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".", suffix=".old"))
-            os.replace(folder, older)  # at no moment is there a half-removed folder under the name
-            os.replace(temporary, folder)
-            shutil.rmtree(older, ignore_errors=True)
-        else:
-            os.replace(temporary, folder)
+        _replace_folder(temporary, folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _replace_folder(new: Path, folder: Path) -> None:
+    """Rename a folder; at no moment is there a half-removed one under the name."""
+    if not folder.exists():
+        os.replace(new, folder)
+        return
+    older = _temporary(folder.parent, REPLACED)
+    os.replace(folder, older)
+    try:
+        os.replace(new, folder)
+    except BaseException:
+        os.replace(older, folder)
+        raise
+    shutil.rmtree(older, ignore_errors=True)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a process that was killed has left below a folder: files and folders without their names yet.
+
+    Nobody else may be writing there.
+    """
+    for parent, folders, names in os.walk(folder):
+        for name in names:
+            if _is_unfinished(name):
+                Path(parent, name).unlink(missing_ok=True)
+        for name in filter(_is_unfinished, folders):
+            shutil.rmtree(Path(parent, name), ignore_errors=True)
+        folders[:] = [name for name in folders if not _is_unfinished(name)]
+
+
+def _is_unfinished(name: str) -> bool:
+    return name.startswith(".") and name.endswith((UNFINISHED, REPLACED))

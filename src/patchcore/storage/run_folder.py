@@ -207,6 +207,11 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, An
     return rows
 
 
+def row_name(dataset: str, category: str) -> str:
+    """Return the name that a class has in every table and file of a run folder."""
+    return f"{dataset}_{category}"
+
+
 def class_result_path(folder: Path, row_name: str) -> Path:
     """Return where a finished class is recorded; written last, it says that everything else is there."""
     return folder / "class_results" / f"{row_name}.json"
@@ -215,6 +220,11 @@ def class_result_path(folder: Path, row_name: str) -> Path:
 def save_class_result(folder: Path, result: ClassResult) -> None:
     """Record a finished class."""
     write_json(class_result_path(folder, result.row_name), asdict(result))
+
+
+def remove_class_result(folder: Path, row_name: str) -> None:
+    """Let a class count as unfinished."""
+    class_result_path(folder, row_name).unlink(missing_ok=True)
 
 
 def load_class_result(folder: Path, row_name: str) -> ClassResult | None:

@@ -1,0 +1,107 @@
+"""Smaller batches where memory does not suffice for those that were asked for; no score depends on their size."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+
+import torch
+
+from patchcore.detector import AnomalyDetector, ImageBatches, Prediction
+from patchcore.failures import is_out_of_memory
+
+LOGGER = logging.getLogger(__name__)
+
+LoaderOf = Callable[[int], ImageBatches]
+"""From the number of images per batch to what reads them."""
+
+
+def fit_in_memory(detector: AnomalyDetector, loader_of: LoaderOf, batch_size: int) -> None:
+    """Fit a detector, from the start with half the images per batch whenever memory does not suffice.
+
+    Args:
+        detector: What is fitted.
+        loader_of: What reads its images.
+        batch_size: Images per batch to begin with.
+
+    Raises:
+        MemoryError, RuntimeError: Memory does not suffice for one image at a time, or ran out after the last batch,
+            where smaller ones would change nothing.
+    """
+    while not _fits(detector, _Watched(loader_of(batch_size)), batch_size):
+        batch_size //= 2  # outside of the handler, whose traceback keeps the memory of what failed
+        _tell(detector, batch_size)
+
+
+def _fits(detector: AnomalyDetector, loader: _Watched, batch_size: int) -> bool:
+    try:
+        detector.fit(loader)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error) or loader.is_exhausted or batch_size == 1:
+            raise
+        return False
+    return True
+
+
+class _Watched:
+    """Batches that tell whether all of them have been handed out."""
+
+    def __init__(self, loader: ImageBatches) -> None:
+        self.loader = loader
+        self.is_exhausted = False
+
+    @property
+    def num_images(self) -> int:
+        return self.loader.num_images
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        self.is_exhausted = False  # an ensemble reads them once for each of its backbones
+        yield from self.loader
+        self.is_exhausted = True
+
+
+class PredictInMemory:
+    """Scores batches, in parts from the first one on for which memory does not suffice.
+
+    Args:
+        detector: What scores.
+    """
+
+    def __init__(self, detector: AnomalyDetector) -> None:
+        self.detector = detector
+        self._largest: int | None = None
+
+    def __call__(self, images: torch.Tensor) -> list[Prediction]:
+        """Score images uint8 [B, 3, H, W]; the predictions are those of consecutive parts.
+
+        Raises:
+            MemoryError, RuntimeError: Memory does not suffice for one image.
+        """
+        predictions: list[Prediction] = []
+        while len(images):
+            size = min(self._largest or len(images), len(images))
+            prediction = self._attempt(images[:size])
+            if prediction is None:
+                self._largest = size // 2
+                _tell(self.detector, self._largest)
+            else:
+                predictions.append(prediction)
+                images = images[size:]
+        return predictions
+
+    def _attempt(self, images: torch.Tensor) -> Prediction | None:
+        try:
+            return self.detector.predict(images)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error) or len(images) == 1:
+                raise
+            return None
+
+
+def _tell(detector: AnomalyDetector, batch_size: int) -> None:
+    LOGGER.warning("%s: out of memory, goes on with %d image(s) per batch", detector.source.category, batch_size)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # what the failed attempt held is of the wrong sizes
