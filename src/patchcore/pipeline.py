@@ -45,6 +45,7 @@ from patchcore.runtime import (
     resolve_device,
     resolve_precision,
     set_threads,
+    warn_without_gpu,
 )
 from patchcore.storage import run_folder
 from patchcore.storage.run_folder import ClassResult
@@ -83,7 +84,7 @@ def train_and_evaluate(
     parent = Path(run.results_path) / run.log_project
     run_folder.require_writable(parent)
     set_threads(run.runtime.threads)
-    device = resolve_device(run.runtime.device, run.runtime.gpus)
+    device = resolve_device(run.runtime.device, run.runtime.gpus, warn=False)
     run = replace(run, runtime=replace(run.runtime, precision=resolve_precision(run.runtime.precision, device)))
     configs = {category: config_of(category) for category in categories}
     identities = {seed: _identity(method, configs, run, dataset, seed) for seed in run.seeds}
@@ -98,6 +99,7 @@ def train_and_evaluate(
         # Not for classes that are finished: what they were trained with may take long to load.
         runtime = _limited(run.runtime)
         builders = _prepare(method, {c: configs[c] for c in left}, dataset.preprocessing, runtime)
+        warn_without_gpu(run.runtime.device, device)
         if outputs != run.outputs:
             LOGGER.warning("%s has no anomaly maps: neither pictures nor raw maps are written", method)
         finished: list[list[ClassResult]] = []
@@ -360,9 +362,10 @@ def load_and_evaluate(
         raise ConfigurationError(f"SAVE_FOLDER is {save_folder!r}, expected the path of a folder to create")
     run_folder.require_writable(target.parent)
     set_threads(runtime.threads)
-    device = resolve_device(runtime.device, runtime.gpus)
+    device = resolve_device(runtime.device, runtime.gpus, warn=False)
     runtime = replace(runtime, precision=resolve_precision(runtime.precision, device))
     models = open_models(matched, _limited(runtime))
+    warn_without_gpu(runtime.device, device)
     folder = run_folder.claim_folder(target.parent, target.name)
     task = ClassTask(folder, dataset, outputs, device)
     identity = {

@@ -152,12 +152,19 @@ def derive_seed(seed: int, *parts: str | int) -> int:
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big") >> 1
 
 
-def resolve_device(device: str, gpus: tuple[int, ...] = (0,)) -> torch.device:
+def warn_without_gpu(device: str, found: torch.device) -> None:
+    """Say in one line that `--device auto` found no GPU."""
+    if device == "auto" and found.type == "cpu":
+        LOGGER.warning("no CUDA device found: running on the CPU (--device cpu says so without this warning)")
+
+
+def resolve_device(device: str, gpus: tuple[int, ...] = (0,), warn: bool = True) -> torch.device:
     """Turn `--device` and `--gpu` into a torch device.
 
     Args:
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
         gpus: GPU indices typed by the user; the first is used with "auto" and "cuda".
+        warn: Do what `warn_without_gpu` does; else the caller does, once nothing typed can be wrong any more.
 
     Returns:
         The device. "auto" without CUDA gives the CPU and one warning line.
@@ -170,7 +177,8 @@ def resolve_device(device: str, gpus: tuple[int, ...] = (0,)) -> torch.device:
     index = gpus[0] if gpus else 0
     count = torch.cuda.device_count()
     if device == "auto" and count == 0:
-        LOGGER.warning("no CUDA device found: running on the CPU (--device cpu says so without this warning)")
+        if warn:
+            warn_without_gpu(device, torch.device("cpu"))
         return torch.device("cpu")
     if device in ("auto", "cuda") or device.startswith("cuda:"):
         wanted = index if device in ("auto", "cuda") else _cuda_index(device)
