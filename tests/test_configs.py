@@ -13,6 +13,7 @@ from patchcore.config_json import config_from_dict, config_to_dict
 from patchcore.configs import (
     AutoencoderConfig,
     BackboneConfig,
+    BackboneWeights,
     DatasetConfig,
     DemoConfig,
     EnsembleConfig,
@@ -27,6 +28,7 @@ from patchcore.configs import (
     RunConfig,
     RuntimeConfig,
     SamplerConfig,
+    ThresholdRule,
     TileConfig,
     TrackingConfig,
     TrainingConfig,
@@ -86,13 +88,15 @@ EXAMPLES: list[Any] = [
         "g",
         (2, 0),
         "split",
-        OutputConfig(True),
-        True,
-        RuntimeConfig("cpu", (), 1),
-        TrackingConfig(True, True),
+        outputs=OutputConfig(True),
+        skip_existing=True,
+        runtime=RuntimeConfig("cpu", (), 1),
+        tracking=TrackingConfig(True, True),
     ),
     EpochConfig(eval_every=2, checkpoint_every=None),
     TrackingConfig(),
+    BackboneWeights("resnet18", "00ff"),
+    ThresholdRule("quantile", 0.95),
 ]
 
 

@@ -139,7 +139,8 @@ def test_numbers_have_six_decimals_and_undefined_ones_are_blank() -> None:
 
 
 def test_without_thresholds_there_is_no_table_of_false_alarms_and_older_records_have_none(tmp_path: Path) -> None:
-    bare = replace(result("a", 0.5), false_alarms=[])
+    whole = result("a", 0.5)
+    bare = replace(whole, timings={**whole.timings, "train_images": 3, "test_images": 4}, false_alarms=[])
     write_tables(tmp_path, {"a": bare})
     assert not (tmp_path / "false_alarms.csv").exists()
     save_class_result(tmp_path, bare)

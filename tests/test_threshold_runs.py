@@ -260,7 +260,7 @@ def test_f1_separates_the_validation_images(data: Path, validation: Path, tmp_pa
     assert {r["aimed_rate"] for r in rows} == {""} and {r["rule"] for r in rows} == {"f1"}
     # The labelled images are not stored with it, so that with a larger bank no threshold could be learned anew.
     refused = invoke(update_model, model, data / "rod" / "test" / "good", "--out", tmp_path / "updated", *COMMON)
-    assert refused.code == 2 and "thresholds of the highest F1" in refused.err and len(refused.error_lines) == 1
+    assert refused.code == 2 and "needs labelled validation images" in refused.err and len(refused.error_lines) == 1
     assert not (tmp_path / "updated").exists()
 
 

@@ -111,7 +111,7 @@ def train_class(
     history_folder = task.folder / "training" / task.row_name(category)
     started = time.perf_counter()
     try:
-        fit_in_memory(detector, lambda size: _loader(task, train, size), task.images_per_pass)
+        fit_in_memory(detector, lambda size: _loader(task, train, size), min(task.images_per_pass, len(train)))
     except ConfigurationError as error:
         if detector.plan.resume_from is None:
             raise
