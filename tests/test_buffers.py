@@ -127,3 +127,8 @@ def test_space_is_claimed_and_not_only_promised(tmp_path: Path, monkeypatch: pyt
     Buffers(0, tmp_path).empty(1000, 1000)
     ((claimed, length),) = found
     assert claimed >= length == 4 * 10**6
+
+
+def test_too_little_memory_is_one_line_with_the_remedy() -> None:
+    with pytest.raises(DataError, match=r"need \d+ MB more memory than there is: type a --memory_budget"):
+        Buffers().empty(2**44)  # 70 TB

@@ -12,7 +12,13 @@ import torch
 
 from patchcore.errors import ConfigurationError, DataError
 from patchcore.memory import faiss_search, torch_search
-from patchcore.memory.faiss_search import FAISS_INDEX, InvertedListsNN, require_trainable
+from patchcore.memory.faiss_search import (
+    FAISS_INDEX,
+    InvertedListsNN,
+    float32_rows,
+    import_faiss,
+    require_trainable,
+)
 from patchcore.memory.nearest_neighbours import NearestNeighbourScorer, build_nearest_neighbours, restore_search
 from patchcore.memory.search import NearestNeighbours
 from patchcore.memory.torch_search import SQ8_BANK, SQ8_SCALE, EightBitNN, ProjectedNN, TorchNN, smallest_of_rows
@@ -341,3 +347,16 @@ def test_damaged_scales_are_refused(change: dict[str, torch.Tensor], message: st
     tensors = {**build("sq8").fit(features(700)).tensors(), **change}
     with pytest.raises(ConfigurationError, match=message):
         restore_search(build("sq8"), "sq8", tensors, 64)
+
+
+@pytest.mark.skipif(import_faiss() is None, reason="faiss is not installed")
+def test_reading_an_index_leaves_the_threads_of_torch_alone() -> None:
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        bank = torch.randn(500, 16, generator=torch.Generator().manual_seed(0))
+        search = InvertedListsNN("ivf", num_workers=2).fit(bank)
+        torch.testing.assert_close(float32_rows(search.tensors()[FAISS_INDEX], 16), bank)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)

@@ -298,7 +298,7 @@ STAGES = {
     "record": "patchcore.storage.run_folder.save_class_result",
 }
 FAILURES = [
-    (MemoryError("for the test"), "out of memory (MemoryError: for the test): use a smaller --imagesize"),
+    (MemoryError("for the test"), "out of memory (MemoryError: for the test): use --memory_budget"),
     (OSError(errno.ENOSPC, "No space left on device", "a/b"), "no room on the disk at a/b (No space left on device)"),
     (DataError("for the test"), "for the test"),
 ]

@@ -111,7 +111,8 @@ def train_class(
     history_folder = task.folder / "training" / task.row_name(category)
     started = time.perf_counter()
     try:
-        fit_in_memory(detector, lambda size: _loader(task, train, size), min(task.images_per_pass, len(train)))
+        batch_size = min(_loader(task, train).batch_size, len(train))
+        fit_in_memory(detector, lambda size: _loader(task, train, size), batch_size)
     except ConfigurationError as error:
         if detector.plan.resume_from is None:
             raise

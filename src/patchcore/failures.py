@@ -21,7 +21,10 @@ def reason(error: BaseException) -> str:
     """Return why a class failed, in one line: what the machine lacks and the remedy, or the error itself."""
     text = f"{type(error).__name__}: {' '.join(str(error).split())}"
     if is_out_of_memory(error):
-        return f"out of memory ({text}): use a smaller --imagesize or --batch_size, or fewer images (--limit_train)"
+        return (
+            f"out of memory ({text}): use --memory_budget (PatchCore), a smaller --imagesize or sampler -p, or fewer "
+            "images (--limit_train)"
+        )
     if isinstance(error, OSError) and error.errno in FULL_DISK:
         place = f" at {os.fsdecode(error.filename)}" if isinstance(error.filename, (str, bytes)) else ""
         return f"no room on the disk{place} ({error.strerror}): make room, then go on with --skip_existing"

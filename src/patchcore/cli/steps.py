@@ -84,7 +84,7 @@ PREPROCESSING_OPTIONS: tuple[Callable[[Any], Any], ...] = (
 )
 
 READING_OPTIONS: tuple[Callable[[Any], Any], ...] = (
-    click.option("--batch_size", type=int, default=2, show_default=True, help="Images per batch."),
+    click.option("--batch_size", type=int, default=2, show_default=True, help="Images per batch, at least."),
     click.option(
         "--num_workers",
         type=int,

@@ -43,13 +43,13 @@ class Buffers:
         """Return an array float32 of this shape, all 0; its space is given back when the last view of it is gone.
 
         Raises:
-            DataError: The array has to go to a file, and the disk has no room for it.
+            DataError: There is not enough memory, or the array has to go to a file and the disk has no room for it.
         """
         num_bytes = math.prod(shape) * FLOAT_BYTES
         if num_bytes == 0:  # which cannot be mapped
             return torch.empty(shape)
         if self.budget_bytes is None or self.held_bytes + num_bytes <= self.budget_bytes:
-            memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            memory = _anonymous(num_bytes)
             self.held_bytes += num_bytes
             weakref.finalize(memory, self._give_back, num_bytes).atexit = False
         else:
@@ -58,6 +58,19 @@ class Buffers:
 
     def _give_back(self, num_bytes: int) -> None:
         self.held_bytes -= num_bytes
+
+
+def _anonymous(num_bytes: int) -> mmap.mmap:
+    """Map memory."""
+    try:
+        return mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        if error.errno != errno.ENOMEM:
+            raise
+        raise DataError(
+            f"features need {num_bytes / 1e6:.0f} MB more memory than there is: type a --memory_budget above which "
+            "they go to files, or give fewer images (--limit_train)"
+        ) from error
 
 
 def _mapped_file(num_bytes: int, folder: Path) -> mmap.mmap:

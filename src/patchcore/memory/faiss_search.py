@@ -273,7 +273,7 @@ def float32_rows(blob: torch.Tensor, dimension: int) -> torch.Tensor:
     Raises:
         ConfigurationError: It is damaged, or faiss is not installed.
     """
-    search = InvertedListsNN("ivf", num_workers=1)
+    search = InvertedListsNN("ivf", num_workers=torch.get_num_threads())  # which torch and faiss have in common
     search.restore({FAISS_INDEX: blob}, dimension)
     return search.rows(torch.arange(search.num_rows_))
 

@@ -98,7 +98,7 @@ def build_nearest_neighbours(
     """Choose the search.
 
     "flat" is torch on the device of the features, or faiss where one of its options asks for it. Both find the same
-    neighbours at the same distances. torch is the default because it is faster on the processors measured.
+    neighbours at the same distances. torch is the default because it needs no further package, and is about as fast.
 
     Args:
         faiss_on_gpu: Use faiss on the GPU; where that cannot be, one warning per process.
