@@ -22,7 +22,8 @@ from patchcore.runtime import progress
 NUM_STARTING_POINTS = 10  # as in the original repository
 BLOCK_SIZE = 512  # candidates per pass: with fewer there are more passes, with more each pick costs more
 MIN_SPARE_CANDIDATES = 64  # of the last pass, which otherwise takes few more candidates than it needs picks
-LEVEL_STEP = 0.95  # how far the level of up-to-date distances is lowered at once: smaller steps update fewer points
+NUMBERS_PER_LATE_POINT = 4  # its row, twice, and what it has seen: what the look-up of late points costs
+LEVEL_STEP = 0.9  # how far the level of up-to-date distances is lowered at once: smaller steps update fewer points
 DEFAULT_PERCENTAGE = 0.1
 
 
@@ -240,7 +241,7 @@ class _LazyDistances:
         self._distances = distances
         self._picks = picks
         self._num_seen = torch.zeros(len(points), dtype=torch.int32, device=points.device)  # picks in each distance
-        self._expected_bound = math.inf
+        self._expected_bound = math.inf  # of the next pass
         self._last_bound = math.nan
 
     def add(self, picked: torch.Tensor) -> None:
@@ -279,14 +280,15 @@ class _LazyDistances:
 
     def _update_from(self, level: float) -> None:
         """Make the points at this distance or farther know all picks."""
-        can_be_picked = self._distances >= max(level, 0)
-        late = torch.nonzero(can_be_picked & (self._num_seen < self.num_picked)).flatten()
-        num_seen = self._num_seen[late]
-        for first in num_seen.unique().tolist():
-            numbers = late[num_seen == first]
-            for picked in self._picks[first : self.num_picked].split(BLOCK_SIZE):
-                _shrink_distances(self._distances, self._points, self._norms, numbers, picked)
-        self._num_seen[late] = self.num_picked
+        for rows in self._points.chunks(NUMBERS_PER_LATE_POINT):
+            is_late = (self._distances[rows] >= max(level, 0)) & (self._num_seen[rows] < self.num_picked)
+            late = torch.nonzero(is_late).flatten().add_(rows.start)
+            num_seen = self._num_seen[late]
+            for first in torch.bincount(num_seen).nonzero().flatten().tolist():
+                numbers = late[num_seen == first]
+                for picked in self._picks[first : self.num_picked].split(BLOCK_SIZE):
+                    _shrink_distances(self._distances, self._points, self._norms, numbers, picked)
+            self._num_seen[late] = self.num_picked
 
 
 def _split_at(distances: torch.Tensor, num_candidates: int, bound: float) -> tuple[torch.Tensor, float, int]:
