@@ -23,7 +23,7 @@ NUM_STARTING_POINTS = 10  # as in the original repository
 BLOCK_SIZE = 512  # candidates per pass: with fewer there are more passes, with more each pick costs more
 MIN_SPARE_CANDIDATES = 64  # of the last pass, which otherwise takes few more candidates than it needs picks
 NUMBERS_PER_LATE_POINT = 4  # its row, twice, and what it has seen: what the look-up of late points costs
-LEVEL_STEP = 0.9  # how far the level of up-to-date distances is lowered at once: smaller steps update fewer points
+LEVEL_STEP = 0.9  # factor on the level of up-to-date distances; nearer to 1, fewer points but more updates
 DEFAULT_PERCENTAGE = 0.1
 
 
