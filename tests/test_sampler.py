@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -178,6 +179,30 @@ def test_ties_go_to_the_lowest_index_inside_blocks_and_across_their_borders(bloc
     start = points.square().sum(dim=1)
     selected = greedy_selection(points, start, 400, block_size)
     assert selected.tolist() == oracle_greedy(points, start, 400)
+
+
+@pytest.mark.parametrize("block_size", [16, 100])
+def test_duplicates_on_a_lattice_are_picked_in_order_however_late_they_are_updated(block_size: int) -> None:
+    # Many points at few places: most distances are 0 early, and are needed again once every place is taken.
+    points = torch.randint(-2, 3, (900, 3), generator=seeded(7)).float()
+    start = points.square().sum(dim=1)
+    assert greedy_selection(points, start, 700, block_size).tolist() == oracle_greedy(points, start, 700)
+
+
+def test_points_close_to_the_selection_are_not_updated_with_every_pick(monkeypatch: pytest.MonkeyPatch) -> None:
+    points = torch.cat([gaussian(500, 16), 0.01 * gaussian(4500, 16, seed=2)])  # 500 scattered, the rest in one spot
+    start = points.square().sum(dim=1) + 1
+    num_pairs = []
+    shrink = sampler_module._shrink_distances
+
+    def counted(distances: torch.Tensor, *where: Any) -> None:
+        num_pairs.append(len(where[-2]) * len(where[-1]))
+        shrink(distances, *where)
+
+    monkeypatch.setattr(sampler_module, "_shrink_distances", counted)
+    selected = greedy_selection(points, start, 400, block_size=64)
+    assert selected.tolist() == oracle_greedy(points, start, 400)
+    assert sum(num_pairs) < 0.2 * len(points) * 400
 
 
 def test_selection_can_be_continued() -> None:

@@ -16,11 +16,14 @@ import numpy as np
 import torch
 
 from patchcore.errors import ConfigurationError, DataError
-from patchcore.memory.points import PROJECTION_DIM, Points, check_finite, project_features, squared_norms
+from patchcore.memory.points import PROJECTION_DIM, Points, check_finite, project_features, row_chunks, squared_norms
 from patchcore.runtime import progress
 
 NUM_STARTING_POINTS = 10  # as in the original repository
 BLOCK_SIZE = 512  # candidates per pass: with fewer there are more passes, with more each pick costs more
+MIN_SPARE_CANDIDATES = 64  # of the last pass, which otherwise takes few more candidates than it needs picks
+NUMBERS_PER_LATE_POINT = 4  # its row, twice, and what it has seen: what the look-up of late points costs
+LEVEL_STEP = 0.9  # factor on the level of up-to-date distances; nearer to 1, fewer points but more updates
 DEFAULT_PERCENTAGE = 0.1
 
 
@@ -171,8 +174,8 @@ def greedy_selection(
 
     Each pass takes the `block_size` points of largest current distance as candidates and picks among them for
     as long as the best one beats the best point outside. Distances only shrink, so a point outside cannot
-    overtake: the picks are those of the loop that updates all distances after each one. Then all distances
-    are updated with the new picks by one matrix product.
+    overtake: the picks are those of the loop that updates all distances after each one. For the same reason
+    a distance that lacks some picks is an upper bound, and is updated only when it reaches the candidates.
 
     Of points at the same distance, the one with the lowest index is picked, inside a block and across its
     border. "Same" refers to the computed squared distances. Their error is about 1e-7 of the squared norm of
@@ -198,47 +201,105 @@ def greedy_selection(
     num_pickable = int((distances >= 0).sum())
     if num_select > num_pickable:
         raise ValueError(f"cannot pick {num_select} of {num_pickable} points")
-    norms = squared_norms(points)
     picks = torch.empty(num_select, dtype=torch.int64, device=points.device)
-    num_picked = 0
+    lazy = _LazyDistances(points, distances, picks)
     with progress(None, "coreset", total=num_select) as bar:
-        while num_picked < num_select:
-            block = min(block_size, num_pickable - num_picked)
-            candidates, bound, first_outside = _farthest(distances, block)
+        while (num_left := num_select - lazy.num_picked) > 0:
+            # About three candidates in four are picked: more than the last pass needs would only be updated.
+            block = min(block_size, num_pickable - lazy.num_picked, num_left + num_left // 4 + MIN_SPARE_CANDIDATES)
+            candidates, bound, first_outside = lazy.farthest(block)
             order = _select_within_block(
                 distances[candidates].cpu().numpy(),
                 _pairwise_squared_distances(points[candidates]).cpu().numpy(),
                 bound,
                 int(torch.searchsorted(candidates, first_outside)),
-                min(block, num_select - num_picked),
+                min(block, num_left),
             )
-            picked = candidates[torch.from_numpy(order).to(candidates.device)]
-            _shrink_distances(distances, points, norms, picked)
-            picks[num_picked : num_picked + len(picked)] = picked
-            num_picked += len(picked)
-            bar.update(len(picked))
+            lazy.add(candidates[torch.from_numpy(order).to(candidates.device)])
+            bar.update(len(order))
     return picks
 
 
-def _farthest(distances: torch.Tensor, num_candidates: int) -> tuple[torch.Tensor, float, int]:
-    """Return the points of largest distance, the lowest index first among equals.
+class _LazyDistances:
+    """Squared distances to the picks, each updated only when the points that are farthest may depend on it.
 
-    Args:
-        distances: [N], minus infinity for points that may not be picked.
-        num_candidates: How many to return, at most the number of points that may be picked.
-
-    Returns:
-        Indices [num_candidates] in ascending order; the largest distance among the points left outside; the
-        lowest index among the points outside that have this distance.
+    Where points are redundant most of them are soon closer to the selection than its last pick will be, and
+    from then on cost nothing.
     """
+
+    def __init__(self, points: Points, distances: torch.Tensor, picks: torch.Tensor) -> None:
+        """Start without picks.
+
+        Args:
+            points: [N, D].
+            distances: [N] float32, updated in place; minus infinity for points that may not be picked.
+            picks: [M] int64, where the picks go.
+        """
+        self.num_picked = 0
+        self._points = points
+        self._norms = squared_norms(points)
+        self._distances = distances
+        self._picks = picks
+        self._num_seen = torch.zeros(len(points), dtype=torch.int32, device=points.device)  # picks in each distance
+        self._expected_bound = math.inf  # of the next pass
+        self._last_bound = math.nan
+
+    def add(self, picked: torch.Tensor) -> None:
+        """Enter new picks [P]; the distances do not know them yet."""
+        self._picks[self.num_picked : self.num_picked + len(picked)] = picked
+        self._distances[picked] = -math.inf
+        self.num_picked += len(picked)
+
+    def farthest(self, num_candidates: int) -> tuple[torch.Tensor, float, int]:
+        """Return the points of largest distance to all picks, the lowest index first among equals.
+
+        Args:
+            num_candidates: How many to return, at most the number of points that may be picked.
+
+        Returns:
+            Indices [num_candidates] in ascending order; the largest distance among the points left outside; the
+            lowest index among the points outside that have this distance. Candidates know all picks, and so do
+            all points outside at this distance.
+        """
+        level = math.inf  # points at this distance or farther know all picks
+        target = self._expected_bound
+        while (bound := self._distance_of_rank(num_candidates)) < level:
+            level = min(bound, target)
+            self._update_from(level)
+            target = level * LEVEL_STEP
+        # From pass to pass the bound falls by much the same factor: the next one is reached in one or two updates.
+        self._expected_bound = bound * bound / self._last_bound if self._last_bound > 0 else math.inf
+        self._last_bound = bound
+        return _split_at(self._distances, num_candidates, bound)
+
+    def _distance_of_rank(self, rank: int) -> float:
+        """Return the largest distance but `rank`, of the distances as they are."""
+        if rank == len(self._distances):
+            return -math.inf
+        return float(self._distances.topk(rank + 1).values[-1])
+
+    def _update_from(self, level: float) -> None:
+        """Make the points at this distance or farther know all picks."""
+        for rows in self._points.chunks(NUMBERS_PER_LATE_POINT):
+            is_late = (self._distances[rows] >= max(level, 0)) & (self._num_seen[rows] < self.num_picked)
+            late = torch.nonzero(is_late).flatten().add_(rows.start)
+            num_seen = self._num_seen[late]
+            for first in torch.bincount(num_seen).nonzero().flatten().tolist():
+                numbers = late[num_seen == first]
+                for picked in self._picks[first : self.num_picked].split(BLOCK_SIZE):
+                    _shrink_distances(self._distances, self._points, self._norms, numbers, picked)
+            self._num_seen[late] = self.num_picked
+
+
+def _split_at(distances: torch.Tensor, num_candidates: int, bound: float) -> tuple[torch.Tensor, float, int]:
+    """Return candidates, bound and first point outside, as `_LazyDistances.farthest`, for the bound that it found."""
     if num_candidates == len(distances):
-        return torch.arange(num_candidates, device=distances.device), -math.inf, num_candidates
-    bound = distances.topk(num_candidates + 1).values[-1]
+        return torch.arange(num_candidates, device=distances.device), bound, num_candidates
     above = torch.nonzero(distances > bound).flatten()
     tied = torch.nonzero(distances == bound).flatten()
-    num_tied_inside = num_candidates - len(above)  # less than len(tied), as topk saw one point more
+    num_tied_inside = num_candidates - len(above)  # less than len(tied): the bound's rank is one point farther
     candidates = torch.cat([above, tied[:num_tied_inside]]).sort().values
-    return candidates, float(bound), int(tied[num_tied_inside])
+    return candidates, bound, int(tied[num_tied_inside])
 
 
 def _select_within_block(
@@ -271,15 +332,17 @@ def _select_within_block(
     return np.asarray(order, dtype=np.int64)
 
 
-def _shrink_distances(distances: torch.Tensor, points: Points, norms: torch.Tensor, picked: torch.Tensor) -> None:
-    """Lower each point's squared distance to that of the nearest newly picked point, in place."""
-    centres = points[picked]  # [P, D]
-    for rows in points.chunks(max(len(picked), points.dim)):  # the product may copy the rows that it is given
+def _shrink_distances(
+    distances: torch.Tensor, points: Points, norms: torch.Tensor, numbers: torch.Tensor, picked: torch.Tensor
+) -> None:
+    """Lower the squared distance of the points of these numbers [K] to that of the nearest of some picks, in place."""
+    centres, centre_norms = points[picked], norms[picked]  # [P, D], [P]
+    for chunk in row_chunks(len(numbers), max(len(picked), points.dim)):
+        rows = numbers[chunk]
         # |x|^2 is the same for all centres, so it is added after the minimum, to P times fewer numbers.
-        partial = torch.addmm(norms[picked], points[rows], centres.T, alpha=-2)  # [rows, P]
+        partial = torch.addmm(centre_norms, points[rows], centres.T, alpha=-2)  # [rows, P]
         nearest = partial.amin(dim=1).add_(norms[rows]).clamp_(min=0)  # [rows]
-        torch.minimum(distances[rows], nearest, out=distances[rows])
-    distances[picked] = -math.inf
+        distances[rows] = torch.minimum(distances[rows], nearest)
 
 
 def _pairwise_squared_distances(points: torch.Tensor) -> torch.Tensor:
