@@ -20,10 +20,10 @@ from test_detectors import CPU, EXAMPLES, PREPROCESSING, Batches, anomalous_imag
 from patchcore import load_detector
 from patchcore.cli import predict, run_patchcore
 from patchcore.configs import PreprocessingConfig, RuntimeConfig, TrainingSource
-from patchcore.datasets.images import Placement, place
+from patchcore.datasets.images import Placement, place, read_image
 from patchcore.detector import DETECTORS, AnomalyDetector
 from patchcore.errors import ConfigurationError, DataError
-from patchcore.inference.detector import LoadedDetector
+from patchcore.inference.detector import LoadedDetector, as_rgb
 from patchcore.inference.outputs import OutputNames, heat_levels
 from patchcore.inference.results import ImageResult, Region
 from patchcore.prediction import open_detector
@@ -255,6 +255,40 @@ def test_all_kinds_of_images_at_once(model: Path, tmp_path: Path) -> None:
         loaded.predict([3])  # type: ignore[list-item]
     with pytest.raises(DataError, match=r"missing\.png"):
         loaded.predict([pixels, tmp_path / "missing.png"])
+
+
+def test_pil_images_of_any_depth_are_read_like_their_files(tmp_path: Path) -> None:
+    gray = np.linspace(0, 1, 64 * 64).reshape(64, 64)
+    rgb = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
+    clear = rgb.convert("P")
+    clear.info["transparency"] = 3
+    stored = {
+        "16.png": Image.fromarray((gray * 65535).astype(np.uint16)),
+        "16.tif": Image.fromarray((gray * 65535).astype(np.uint16)),
+        "32.tif": Image.fromarray((gray * (2**31 - 1)).astype(np.int32)),
+        "float.tif": Image.fromarray(gray.astype(np.float32)),
+        "cmyk.tif": rgb.convert("CMYK"),
+        "palette.png": clear,
+        "alpha.png": rgb.convert("LA"),
+        "rgba.png": rgb.convert("RGBA"),
+    }
+    for name, image in stored.items():
+        image.save(tmp_path / name)
+        expected = np.asarray(read_image(tmp_path / name))
+        with Image.open(tmp_path / name) as opened:
+            assert np.array_equal(as_rgb(opened), expected), name
+        if name != "32.tif":  # in memory nothing tells its depth
+            assert np.array_equal(as_rgb(image), expected), name
+    assert np.ptp(np.asarray(as_rgb(stored["16.png"]))) == np.ptp(np.asarray(as_rgb(stored["float.tif"]))) == 255
+    refused = {
+        "values up to 2147483647": stored["32.tif"],
+        "values from 0 to 255": Image.fromarray(gray.astype(np.float32) * 255),
+        "mode 'La'": Image.new("La", (8, 8)),
+    }
+    for message, image in refused.items():
+        with pytest.raises(DataError, match=message) as error:
+            as_rgb(image)
+        assert "\n" not in str(error.value)
 
 
 def test_threads_get_the_same_results(model: Path, images: Path) -> None:

@@ -15,7 +15,7 @@ from typing import TypeAlias
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from patchcore.configs import RuntimeConfig, require_at_least
 from patchcore.datasets.images import (
@@ -26,6 +26,7 @@ from patchcore.datasets.images import (
     read_image,
     read_mask,
     size_mismatch,
+    to_rgb,
 )
 from patchcore.detector import AnomalyDetector, Prediction
 from patchcore.errors import ConfigurationError, DataError
@@ -318,11 +319,12 @@ def as_rgb(item: object) -> Image.Image:
     """Return an array or a PIL image as an upright 8-bit RGB image.
 
     Raises:
+        DataError: The PIL image cannot be read as RGB.
         TypeError: It is neither.
         ValueError: The array has another shape or type than an image, or no pixels.
     """
     if isinstance(item, Image.Image):
-        return ImageOps.exif_transpose(item).convert("RGB")
+        return to_rgb(item, "image")
     if not isinstance(item, np.ndarray):
         raise TypeError(f"found {type(item).__name__}, expected a path, a PIL image or a numpy array")
     if item.dtype != np.uint8 or item.ndim not in (2, 3) or (item.ndim == 3 and item.shape[2] != 3) or not item.size:
