@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from patchcore import load_detector
 from patchcore.cli import predict, run_patchcore
 from patchcore.configs import PreprocessingConfig, RuntimeConfig, TrainingSource
 from patchcore.datasets.images import Placement, place, read_image
-from patchcore.detector import DETECTORS, AnomalyDetector
+from patchcore.detector import DETECTORS, AnomalyDetector, Prediction
 from patchcore.errors import ConfigurationError, DataError
 from patchcore.inference.detector import LoadedDetector, as_rgb
 from patchcore.inference.outputs import OutputNames, heat_levels
@@ -436,6 +437,71 @@ def test_broken_files_and_hostile_names(model: Path, images: Path, tmp_path: Pat
     written = {p.relative_to(tmp_path).parts[0] for p in tmp_path.rglob("*") if p.is_file()}
     assert written == {"in", "out"}
     assert finished.err.count("warning") == 2 and "4 images scored" in finished.err
+
+
+def change_predictions(monkeypatch: pytest.MonkeyPatch, change: Callable[[torch.Tensor, Prediction], None]) -> None:
+    """Let a function look at the images of each batch and the prediction of them, and change it or fail."""
+    method = DETECTORS["patchcore"]
+    honest = method.predict
+
+    def changed(self: AnomalyDetector, images: torch.Tensor) -> Prediction:
+        prediction = honest(self, images)
+        change(images, prediction)
+        return prediction
+
+    monkeypatch.setattr(method, "predict", changed)
+
+
+@pytest.mark.parametrize("kind", ["scores", "maps"])
+def test_what_is_not_finite_is_an_error_and_never_normal(
+    kind: str, model: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoil(pixels: torch.Tensor, prediction: Prediction) -> None:
+        values = getattr(prediction, kind)
+        values[(pixels.float().mean(dim=(1, 2, 3)) > 250).numpy()] = math.nan
+
+    white = tmp_path / "in" / "white.png"
+    Image.new("RGB", (64, 64), "white").save(white)
+    change_predictions(monkeypatch, spoil)
+    finished = run(model, white, images / "a.png", "--out", tmp_path / "out")
+    spoiled, healthy = read_rows(tmp_path / "out" / "predictions.csv")
+    assert finished.code == 1 and "not finite" in spoiled["error"] and healthy["error"] == ""
+    assert spoiled["score"] == spoiled["decision"] == spoiled["overlay"] == "" and healthy["decision"] == "0"
+    with pytest.raises(DataError, match=r"white\.png: .*not finite"):
+        load_detector(model, "cpu").predict([images / "a.png", white])
+
+
+def test_too_little_memory_halves_the_batch_and_changes_no_score(
+    model: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    room = 2
+
+    def count(pixels: torch.Tensor, prediction: Prediction) -> None:
+        sizes.append(len(pixels))
+        if len(pixels) > room:
+            raise RuntimeError("CUDA out of memory")
+
+    files = sorted(images.rglob("*.*")) * 2
+    expected = [r.score for r in load_detector(model, "cpu").predict(files)]
+    change_predictions(monkeypatch, count)
+    assert [r.score for r in load_detector(model, "cpu").predict(files)] == pytest.approx(expected, rel=1e-5)
+    assert sizes == [6, 3, 1, 1, 1, 1, 1, 1]
+    room = 0
+    finished = run(model, images, "--out", tmp_path / "out")
+    assert finished.code == 1 and "Traceback" not in finished.err
+    rows = read_rows(tmp_path / "out" / "predictions.csv")
+    assert len(rows) == 3 and all("out of memory for this image alone" in row["error"] for row in rows)
+
+
+def test_a_model_that_fails_is_one_line(model: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(pixels: torch.Tensor, prediction: Prediction) -> None:
+        raise RuntimeError("cuDNN error:\nNOT_SUPPORTED")
+
+    change_predictions(monkeypatch, fail)
+    finished = run(model, images / "a.png", "--json")
+    assert finished.code == 1 and "Traceback" not in finished.err
+    assert json.loads(finished.out)["error"] == "the model failed (RuntimeError: cuDNN error: NOT_SUPPORTED)"
 
 
 def test_exit_codes(model: Path, images: Path) -> None:

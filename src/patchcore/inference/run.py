@@ -152,7 +152,10 @@ class Recorder:
 
 
 def _finished(file: InputFile, name: str, future: Future[dict[str, Any]]) -> tuple[InputFile, str, dict[str, Any]]:
-    return file, name, future.result()
+    try:
+        return file, name, future.result()
+    except MemoryError:  # maps and pictures are of the size of the image, however little of it the model sees
+        return file, name, failure_record(file.path, "out of memory for the outputs of this image: end other programs")
 
 
 @contextmanager
