@@ -525,7 +525,7 @@ def test_wrong_arguments(model: Path, images: Path, tmp_path: Path) -> None:
         ((tmp_path / "no model", images, *write_nothing), "no model' not found"),
         ((model, images, "--out", images), "choose another --out"),
         ((model, images / "line 1", "--out", images), "choose another --out"),
-        ((model, images, "--out", images / "a.png"), "is a file"),
+        ((model, images, "--out", images / "a.png"), "no folder"),
         ((model, images, "--roi", tmp_path / "none.png", *write_nothing), "region of interest"),
         ((model, images, "--roi", tmp_path / "black.png", *write_nothing), "black everywhere"),
         ((model, images, "--mm_per_px", "0", *write_nothing), "--mm_per_px"),
@@ -538,6 +538,37 @@ def test_wrong_arguments(model: Path, images: Path, tmp_path: Path) -> None:
         finished = run(*args)
         assert finished.code == 2 and message in finished.err and len(finished.error_lines) == 1, (args, finished.err)
         assert not out.exists()
+
+
+@pytest.mark.parametrize("watch", [(), ("--watch",)])
+def test_folder_that_cannot_be_written_is_found_before_the_model_is_loaded(
+    watch: tuple[str, ...], images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not Path("/proc").is_dir():
+        pytest.skip("no /proc here")
+    monkeypatch.setattr("patchcore.inference.run.load_with", lambda *_: pytest.fail("the model was loaded"))
+    finished = run("model", images, "--out", "/proc/patchcore/out", *watch)
+    assert finished.code == 2 and "cannot be written" in finished.err and len(finished.error_lines) == 1
+
+
+def test_a_call_that_is_ended_leaves_no_table_of_an_older_one(
+    model: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    assert run(model, images, "--out", out).code == 0
+    unfinished = [out / ".predictions.part", out / "overlays" / ".0.part"]
+    kept = [out / "other" / ".0.part", out / ".notes"]  # of the user
+    kept[0].parent.mkdir()
+    for path in (*unfinished, *kept):
+        path.touch()
+
+    def interrupt(pixels: torch.Tensor, prediction: Prediction) -> None:
+        raise KeyboardInterrupt
+
+    change_predictions(monkeypatch, interrupt)
+    assert run(model, images, "--out", out).code == 130
+    assert not (out / "predictions.csv").exists() and not any(path.exists() for path in unfinished)
+    assert all(path.exists() for path in kept)
 
 
 def test_region_of_interest(model: Path, images: Path, tmp_path: Path) -> None:
