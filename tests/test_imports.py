@@ -33,7 +33,7 @@ ALLOWED = {
     "batch_halving": set(),
     "resuming": {"storage"},
     "prediction": {"datasets", "methods", "storage"},
-    "inference": {"datasets", "evaluation", "prediction", "scoring", "storage"},
+    "inference": {"batch_halving", "datasets", "evaluation", "prediction", "scoring", "storage"},
     "model_update": {"inference", "memory", "methods", "prediction", "scoring", "storage"},
     "stored_models": {"prediction", "storage"},
     "pipeline": {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -20,10 +21,10 @@ from test_detectors import CPU, EXAMPLES, PREPROCESSING, Batches, anomalous_imag
 from patchcore import load_detector
 from patchcore.cli import predict, run_patchcore
 from patchcore.configs import PreprocessingConfig, RuntimeConfig, TrainingSource
-from patchcore.datasets.images import Placement, place
-from patchcore.detector import DETECTORS, AnomalyDetector
+from patchcore.datasets.images import Placement, place, read_image
+from patchcore.detector import DETECTORS, AnomalyDetector, Prediction
 from patchcore.errors import ConfigurationError, DataError
-from patchcore.inference.detector import LoadedDetector
+from patchcore.inference.detector import LoadedDetector, as_rgb
 from patchcore.inference.outputs import OutputNames, heat_levels
 from patchcore.inference.results import ImageResult, Region
 from patchcore.prediction import open_detector
@@ -257,6 +258,40 @@ def test_all_kinds_of_images_at_once(model: Path, tmp_path: Path) -> None:
         loaded.predict([pixels, tmp_path / "missing.png"])
 
 
+def test_pil_images_of_any_depth_are_read_like_their_files(tmp_path: Path) -> None:
+    gray = np.linspace(0, 1, 64 * 64).reshape(64, 64)
+    rgb = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
+    clear = rgb.convert("P")
+    clear.info["transparency"] = 3
+    stored = {
+        "16.png": Image.fromarray((gray * 65535).astype(np.uint16)),
+        "16.tif": Image.fromarray((gray * 65535).astype(np.uint16)),
+        "32.tif": Image.fromarray((gray * (2**31 - 1)).astype(np.int32)),
+        "float.tif": Image.fromarray(gray.astype(np.float32)),
+        "cmyk.tif": rgb.convert("CMYK"),
+        "palette.png": clear,
+        "alpha.png": rgb.convert("LA"),
+        "rgba.png": rgb.convert("RGBA"),
+    }
+    for name, image in stored.items():
+        image.save(tmp_path / name)
+        expected = np.asarray(read_image(tmp_path / name))
+        with Image.open(tmp_path / name) as opened:
+            assert np.array_equal(as_rgb(opened), expected), name
+        if name != "32.tif":  # in memory nothing tells its depth
+            assert np.array_equal(as_rgb(image), expected), name
+    assert np.ptp(np.asarray(as_rgb(stored["16.png"]))) == np.ptp(np.asarray(as_rgb(stored["float.tif"]))) == 255
+    refused = {
+        "values up to 2147483647": stored["32.tif"],
+        "values from 0 to 255": Image.fromarray(gray.astype(np.float32) * 255),
+        "mode 'La'": Image.new("La", (8, 8)),
+    }
+    for message, image in refused.items():
+        with pytest.raises(DataError, match=message) as error:
+            as_rgb(image)
+        assert "\n" not in str(error.value)
+
+
 def test_threads_get_the_same_results(model: Path, images: Path) -> None:
     loaded = load_detector(model, "cpu", batch_size=2)
     paths = sorted(images.rglob("*.*"))
@@ -404,6 +439,71 @@ def test_broken_files_and_hostile_names(model: Path, images: Path, tmp_path: Pat
     assert finished.err.count("warning") == 2 and "4 images scored" in finished.err
 
 
+def change_predictions(monkeypatch: pytest.MonkeyPatch, change: Callable[[torch.Tensor, Prediction], None]) -> None:
+    """Let a function look at the images of each batch and the prediction of them, and change it or fail."""
+    method = DETECTORS["patchcore"]
+    honest = method.predict
+
+    def changed(self: AnomalyDetector, images: torch.Tensor) -> Prediction:
+        prediction = honest(self, images)
+        change(images, prediction)
+        return prediction
+
+    monkeypatch.setattr(method, "predict", changed)
+
+
+@pytest.mark.parametrize("kind", ["scores", "maps"])
+def test_what_is_not_finite_is_an_error_and_never_normal(
+    kind: str, model: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoil(pixels: torch.Tensor, prediction: Prediction) -> None:
+        values = getattr(prediction, kind)
+        values[(pixels.float().mean(dim=(1, 2, 3)) > 250).numpy()] = math.nan
+
+    white = tmp_path / "in" / "white.png"
+    Image.new("RGB", (64, 64), "white").save(white)
+    change_predictions(monkeypatch, spoil)
+    finished = run(model, white, images / "a.png", "--out", tmp_path / "out")
+    spoiled, healthy = read_rows(tmp_path / "out" / "predictions.csv")
+    assert finished.code == 1 and "not finite" in spoiled["error"] and healthy["error"] == ""
+    assert spoiled["score"] == spoiled["decision"] == spoiled["overlay"] == "" and healthy["decision"] == "0"
+    with pytest.raises(DataError, match=r"white\.png: .*not finite"):
+        load_detector(model, "cpu").predict([images / "a.png", white])
+
+
+def test_too_little_memory_halves_the_batch_and_changes_no_score(
+    model: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    room = 2
+
+    def count(pixels: torch.Tensor, prediction: Prediction) -> None:
+        sizes.append(len(pixels))
+        if len(pixels) > room:
+            raise RuntimeError("CUDA out of memory")
+
+    files = sorted(images.rglob("*.*")) * 2
+    expected = [r.score for r in load_detector(model, "cpu").predict(files)]
+    change_predictions(monkeypatch, count)
+    assert [r.score for r in load_detector(model, "cpu").predict(files)] == pytest.approx(expected, rel=1e-5)
+    assert sizes == [6, 3, 1, 1, 1, 1, 1, 1]
+    room = 0
+    finished = run(model, images, "--out", tmp_path / "out")
+    assert finished.code == 1 and "Traceback" not in finished.err
+    rows = read_rows(tmp_path / "out" / "predictions.csv")
+    assert len(rows) == 3 and all("out of memory for this image alone" in row["error"] for row in rows)
+
+
+def test_a_model_that_fails_is_one_line(model: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(pixels: torch.Tensor, prediction: Prediction) -> None:
+        raise RuntimeError("cuDNN error:\nNOT_SUPPORTED")
+
+    change_predictions(monkeypatch, fail)
+    finished = run(model, images / "a.png", "--json")
+    assert finished.code == 1 and "Traceback" not in finished.err
+    assert json.loads(finished.out)["error"] == "the model failed (RuntimeError: cuDNN error: NOT_SUPPORTED)"
+
+
 def test_exit_codes(model: Path, images: Path) -> None:
     good, defect = images / "a.png", images / "line 1" / "b.png"
     (images / "broken.png").write_bytes(b"x")
@@ -425,7 +525,7 @@ def test_wrong_arguments(model: Path, images: Path, tmp_path: Path) -> None:
         ((tmp_path / "no model", images, *write_nothing), "no model' not found"),
         ((model, images, "--out", images), "choose another --out"),
         ((model, images / "line 1", "--out", images), "choose another --out"),
-        ((model, images, "--out", images / "a.png"), "is a file"),
+        ((model, images, "--out", images / "a.png"), "no folder"),
         ((model, images, "--roi", tmp_path / "none.png", *write_nothing), "region of interest"),
         ((model, images, "--roi", tmp_path / "black.png", *write_nothing), "black everywhere"),
         ((model, images, "--mm_per_px", "0", *write_nothing), "--mm_per_px"),
@@ -438,6 +538,37 @@ def test_wrong_arguments(model: Path, images: Path, tmp_path: Path) -> None:
         finished = run(*args)
         assert finished.code == 2 and message in finished.err and len(finished.error_lines) == 1, (args, finished.err)
         assert not out.exists()
+
+
+@pytest.mark.parametrize("watch", [(), ("--watch",)])
+def test_folder_that_cannot_be_written_is_found_before_the_model_is_loaded(
+    watch: tuple[str, ...], images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not Path("/proc").is_dir():
+        pytest.skip("no /proc here")
+    monkeypatch.setattr("patchcore.inference.run.load_with", lambda *_: pytest.fail("the model was loaded"))
+    finished = run("model", images, "--out", "/proc/patchcore/out", *watch)
+    assert finished.code == 2 and "cannot be written" in finished.err and len(finished.error_lines) == 1
+
+
+def test_a_call_that_is_ended_leaves_no_table_of_an_older_one(
+    model: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    assert run(model, images, "--out", out).code == 0
+    unfinished = [out / ".predictions.part", out / "overlays" / ".0.part"]
+    kept = [out / "other" / ".0.part", out / ".notes"]  # of the user
+    kept[0].parent.mkdir()
+    for path in (*unfinished, *kept):
+        path.touch()
+
+    def interrupt(pixels: torch.Tensor, prediction: Prediction) -> None:
+        raise KeyboardInterrupt
+
+    change_predictions(monkeypatch, interrupt)
+    assert run(model, images, "--out", out).code == 130
+    assert not (out / "predictions.csv").exists() and not any(path.exists() for path in unfinished)
+    assert all(path.exists() for path in kept)
 
 
 def test_region_of_interest(model: Path, images: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +116,22 @@ def test_each_file_once_and_across_restarts(model: Path, tmp_path: Path) -> None
     assert all((out / row["overlay"]).exists() for row in rows)
 
 
+def test_each_record_is_told_at_least_once(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, out = tmp_path / "in", tmp_path / "out"
+    inputs.mkdir()
+    land(inputs / "a.png")
+
+    def killed(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WatchState, "add", killed)
+        first = invoke(predict, model, inputs, "--out", out, "--watch", "--json", "--device", "cpu", "--threads", 1)
+    second = watching(model, inputs, out, lambda: wait_for(lambda: names(out) == ["a.png"]), "--json")
+    told = [json.loads(line)["path"] for finished in (first, second) for line in finished.out.splitlines()]
+    assert told == [str(inputs / "a.png")] * 2
+
+
 def test_half_written_files_wait_and_broken_ones_get_their_row(model: Path, tmp_path: Path) -> None:
     inputs, out = tmp_path / "in", tmp_path / "out"
     inputs.mkdir()
@@ -164,6 +181,24 @@ def test_state_survives_a_line_that_was_cut_off(tmp_path: Path) -> None:
     lines.write_bytes(b"no json\n")
     with pytest.raises(ConfigurationError, match="damaged"):
         WatchState(tmp_path / "out", job)
+
+
+def test_state_ends_in_peace_after_the_model_was_replaced_and_begins_anew_where_it_is_empty(tmp_path: Path) -> None:
+    (tmp_path / "model.bin").write_bytes(b"model")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "watch_state.jsonl").touch()  # of a call that was killed
+    job = PredictionJob(tmp_path / "model.bin", ("in",), out, runtime=RuntimeConfig("cpu"))
+    with WatchState(out, job) as state:
+        state.add(InputFile(tmp_path / "a.png", "a.png"), (1, 1), "a", failure_record(tmp_path / "a.png", "broken"))
+        (tmp_path / "model.bin").write_bytes(b"another")
+    assert names(out) == ["a.png"]
+    (tmp_path / "model.bin").write_bytes(b"model")
+    with WatchState(out, job) as state:
+        assert len(state) == 1
+    for other in (replace(job, resize_px=300), replace(job, runtime=RuntimeConfig("cpu", precision="bf16"))):
+        with pytest.raises(ConfigurationError, match="--resize or --precision"):
+            WatchState(out, other)
 
 
 def test_results_of_other_calls_are_not_mixed(model: Path, tmp_path: Path) -> None:

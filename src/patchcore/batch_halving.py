@@ -74,8 +74,12 @@ class PredictInMemory:
         self.detector = detector
         self._largest: int | None = None
 
-    def __call__(self, images: torch.Tensor) -> list[Prediction]:
-        """Score images uint8 [B, 3, H, W]; the predictions are those of consecutive parts.
+    def __call__(self, images: torch.Tensor, inside: torch.Tensor | None = None) -> list[Prediction]:
+        """Score images; the predictions are those of consecutive parts.
+
+        Args:
+            images: uint8 [B, 3, H, W].
+            inside: bool [B, H, W], what counts of each; None for everything.
 
         Raises:
             MemoryError, RuntimeError: Memory does not suffice for one image.
@@ -83,17 +87,19 @@ class PredictInMemory:
         predictions: list[Prediction] = []
         while len(images):
             size = min(self._largest or len(images), len(images))
-            prediction = self._attempt(images[:size])
+            prediction = self._attempt(images[:size], inside if inside is None else inside[:size])
             if prediction is None:
                 self._largest = size // 2
                 _tell(self.detector, self._largest)
             else:
                 predictions.append(prediction)
-                images = images[size:]
+                images, inside = images[size:], inside if inside is None else inside[size:]
         return predictions
 
-    def _attempt(self, images: torch.Tensor) -> Prediction | None:
+    def _attempt(self, images: torch.Tensor, inside: torch.Tensor | None) -> Prediction | None:
         try:
+            if inside is not None:
+                return self.detector.predict_inside(images, inside)
             return self.detector.predict(images)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error) or len(images) == 1:

@@ -134,6 +134,26 @@ def read_image(path: Path) -> Image.Image:
         return _to_rgb(_upright(image), _largest_integer(image), path)
 
 
+def to_rgb(image: Image.Image, where: str) -> Image.Image:
+    """Return a PIL image as an upright 8-bit RGB image, as `read_image` returns the file that holds it.
+
+    Args:
+        image: Of any mode that a file may have; integers of more than 8 bits count as 16-bit ones, unless the image is
+            an opened TIFF file, which tells its depth.
+        where: What the image is called in messages.
+
+    Raises:
+        DataError: Its values or its mode have no meaning as RGB, or the file behind it cannot be read.
+    """
+    try:
+        return _to_rgb(_upright(image), _largest_integer(image), where)
+    except UNREADABLE as error:
+        raise DataError(
+            f"{where}: PIL image of mode {image.mode!r} that cannot be read as RGB ({' '.join(str(error).split())}): "
+            "convert it to RGB"
+        ) from error
+
+
 def read_image_and_form(path: Path) -> tuple[Image.Image, StoredForm]:
     """Read a file as `read_image` does, and tell how it is stored.
 
@@ -240,17 +260,22 @@ def _largest_integer(image: Image.Image) -> int:
     return 2 ** (bits - 1) - 1 if sample_format == TIFF_SIGNED else 2**bits - 1
 
 
-def _to_rgb(image: Image.Image, largest_integer: int, path: Path) -> Image.Image:
+def _to_rgb(image: Image.Image, largest_integer: int, where: str | Path) -> Image.Image:
     if image.mode == "I" or image.mode.startswith("I;16"):
         values = np.asarray(image)
         if largest_integer == 2**32 - 1:
             values = values.view(np.uint32)  # Pillow holds unsigned 32-bit values in signed ones
+        if values.max() > largest_integer:  # of an image in memory alone: nothing tells its depth
+            raise DataError(
+                f"{where}: integer image with values up to {values.max()}, expected at most {largest_integer}: "
+                "rescale it to 16 bits"
+            )
         return _gray(values / largest_integer)
     if image.mode == "F":
         values = np.asarray(image).astype(np.float64)
         if not np.isfinite(values).all() or values.min() < 0 or values.max() > 1:
             raise DataError(
-                f"{path}: float image with values from {values.min():.4g} to {values.max():.4g}, expected [0, 1]: "
+                f"{where}: float image with values from {values.min():.4g} to {values.max():.4g}, expected [0, 1]: "
                 "rescale it or store 16-bit integers"
             )
         return _gray(values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections import deque
@@ -15,8 +16,9 @@ from typing import TypeAlias
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
+from patchcore.batch_halving import PredictInMemory
 from patchcore.configs import RuntimeConfig, require_at_least
 from patchcore.datasets.images import (
     Placement,
@@ -26,12 +28,16 @@ from patchcore.datasets.images import (
     read_image,
     read_mask,
     size_mismatch,
+    to_rgb,
 )
-from patchcore.detector import AnomalyDetector, Prediction
+from patchcore.detector import AnomalyDetector, NotFittedError, Prediction
 from patchcore.errors import ConfigurationError, DataError
+from patchcore.failures import is_out_of_memory
 from patchcore.inference.results import ImageResult
 from patchcore.prediction import open_detector, require_large_enough, require_scores_of_single_images
 from patchcore.runtime import available_cpus, resolve_device, set_threads
+
+LOGGER = logging.getLogger(__name__)
 
 ImageLike: TypeAlias = "str | os.PathLike[str] | np.ndarray | Image.Image"
 
@@ -144,6 +150,7 @@ class LoadedDetector:
         self.detector = detector
         self.batch_size = 1 if detector.preprocessing.max_side_px is not None else batch_size
         self.num_workers = min(num_workers or available_cpus(), 64)
+        self._predict = PredictInMemory(detector)
         self._one_at_a_time = threading.Lock()  # no detector promises more, and all cores work on one batch anyway
 
     @property
@@ -246,34 +253,45 @@ class LoadedDetector:
             return prepared_image(item, self.detector, region)
         except DataError as error:
             return error
+        except MemoryError as error:
+            return DataError(f"{_name(item)}: {_failure(error)}")
 
     def _outcomes(self, batch: Sequence[tuple[ImageLike, PreparedImage | DataError]]) -> list[Outcome]:
         """Score the images of a batch that could be read."""
         readable = [prepared for _, prepared in batch if isinstance(prepared, PreparedImage)]
-        results: list[ImageResult] = []
+        results: list[ImageResult | DataError] = []
         for _, alike in groupby(readable, key=lambda image: image.pixels.shape):
             results += self._scored(list(alike))
         scored = iter(results)
-        return [
-            Outcome(item, error=prepared)
-            if isinstance(prepared, DataError)
-            else Outcome(item, next(scored), prepared.image)
-            for item, prepared in batch
-        ]
+        return [_outcome(item, prepared, scored) for item, prepared in batch]
 
-    def _scored(self, images: Sequence[PreparedImage]) -> list[ImageResult]:
-        """Score images that have one size."""
+    def _scored(self, images: Sequence[PreparedImage]) -> list[ImageResult | DataError]:
+        """Score images that have one size, in smaller batches if memory does not suffice for all."""
         pixels = torch.stack([image.pixels for image in images])  # [B, 3, H, W]
         inside = [image.inside for image in images if image.inside is not None]
-        with self._one_at_a_time:
-            if inside:
-                prediction = self.detector.predict_inside(pixels, torch.from_numpy(np.stack(inside)))
-            else:
-                prediction = self.detector.predict(pixels)
-        return [self._result(image, prediction, number) for number, image in enumerate(images)]
+        region = torch.from_numpy(np.stack(inside)) if inside else None
+        try:
+            with self._one_at_a_time:
+                predictions = self._predict(pixels, region)
+        except NotFittedError:
+            raise
+        except (MemoryError, RuntimeError) as error:
+            LOGGER.debug("a batch of %d image(s) could not be scored", len(images), exc_info=True)
+            failure = _failure(error)  # not the error itself, whose traceback holds the memory
+            return [DataError(f"{_name(image.path)}: {failure}") for image in images]
+        rows = [(prediction, row) for prediction in predictions for row in range(len(prediction.scores))]
+        return [self._result(image, *row) for image, row in zip(images, rows, strict=True)]
 
-    def _result(self, image: PreparedImage, prediction: Prediction, number: int) -> ImageResult:
-        """Return what a prediction says of the image of that number in its batch."""
+    def _result(self, image: PreparedImage, prediction: Prediction, number: int) -> ImageResult | DataError:
+        """Return what a prediction says of the image of that number in its batch; NaN is no decision, but an error."""
+        values = [prediction.scores[number]]
+        if prediction.maps is not None:
+            values.append(prediction.maps[number])
+        if not all(np.isfinite(value).all() for value in values):
+            return DataError(
+                f"{_name(image.path)}: the model gives a score or an anomaly map that is not finite: use --precision "
+                "float32, or train the model anew"
+            )
         score, calibration = float(prediction.scores[number]), self.detector.calibration_
         pixel = calibration.pixel if calibration else None
         return ImageResult(
@@ -289,6 +307,32 @@ class LoadedDetector:
             placement=image.placement,
             roi=image.roi,
         )
+
+
+def _outcome(
+    item: ImageLike, prepared: PreparedImage | DataError, scored: Iterator[ImageResult | DataError]
+) -> Outcome:
+    """Return what became of an image; the next of those scored is that of this one, if it could be read."""
+    result = prepared if isinstance(prepared, DataError) else next(scored)
+    if isinstance(result, DataError):
+        return Outcome(item, error=result)
+    assert isinstance(prepared, PreparedImage)
+    return Outcome(item, result, prepared.image)
+
+
+def _name(item: ImageLike | None) -> str:
+    """Return what an image is called in messages."""
+    return os.fspath(item) if isinstance(item, (str, os.PathLike)) else "image"
+
+
+def _failure(error: MemoryError | RuntimeError) -> str:
+    """Return in one line why an image has no result."""
+    if isinstance(error, DataError):
+        return str(error)
+    told = " ".join(f"{type(error).__name__}: {error}".split())
+    if is_out_of_memory(error):
+        return f"out of memory for this image alone ({told}): end other programs, or use another --device"
+    return f"the model failed ({told})"
 
 
 def prepared_image(item: ImageLike, detector: AnomalyDetector, region: RegionOfInterest | None) -> PreparedImage:
@@ -318,11 +362,12 @@ def as_rgb(item: object) -> Image.Image:
     """Return an array or a PIL image as an upright 8-bit RGB image.
 
     Raises:
+        DataError: The PIL image cannot be read as RGB.
         TypeError: It is neither.
         ValueError: The array has another shape or type than an image, or no pixels.
     """
     if isinstance(item, Image.Image):
-        return ImageOps.exif_transpose(item).convert("RGB")
+        return to_rgb(item, "image")
     if not isinstance(item, np.ndarray):
         raise TypeError(f"found {type(item).__name__}, expected a path, a PIL image or a numpy array")
     if item.dtype != np.uint8 or item.ndim not in (2, 3) or (item.ndim == 3 and item.shape[2] != 3) or not item.size:

@@ -20,6 +20,9 @@ from patchcore.errors import ConfigurationError
 from patchcore.inference.detector import BATCH_SIZE, LoadedDetector, Outcome, RegionOfInterest, load_with
 from patchcore.inference.inputs import InputFile, find_inputs, require_inputs
 from patchcore.inference.outputs import (
+    MAPS,
+    MASKS,
+    OVERLAYS,
     OutputChoice,
     OutputNames,
     failure_record,
@@ -28,7 +31,8 @@ from patchcore.inference.outputs import (
     write_outputs,
 )
 from patchcore.runtime import progress
-from patchcore.storage.files import csv_line, escaped
+from patchcore.storage.files import UNFINISHED, csv_line, escaped, remove_unfinished
+from patchcore.storage.run_folder import require_output_folder
 
 LOGGER = logging.getLogger(__name__)
 
@@ -152,7 +156,10 @@ class Recorder:
 
 
 def _finished(file: InputFile, name: str, future: Future[dict[str, Any]]) -> tuple[InputFile, str, dict[str, Any]]:
-    return file, name, future.result()
+    try:
+        return file, name, future.result()
+    except MemoryError:  # maps and pictures are of the size of the image, however little of it the model sees
+        return file, name, failure_record(file.path, "out of memory for the outputs of this image: end other programs")
 
 
 @contextmanager
@@ -168,10 +175,14 @@ def opened_recorder(job: PredictionJob, announce: Callable[[str], None], watchin
         ConfigurationError: Wrong arguments, found before any image is scored.
     """
     require_inputs(job.inputs, job.out, may_be_empty=watching)
+    if job.out is not None:
+        require_output_folder(job.out)
     loaded = load_with(job.model, job.runtime, job.batch_size, job.num_workers, job.resize_px)
     region = loaded.region(job.roi)
     _say_what_is_missing(job, loaded, announce)
     with kept_for_this_call(job.out), loaded.workers() as pool:
+        if job.out is not None:
+            _remove_unfinished_outputs(job.out)
         yield Recorder(job, loaded, region, pool, OutputNames())
 
 
@@ -193,8 +204,6 @@ def kept_for_this_call(out: Path | None) -> Iterator[None]:
     if out is None:
         yield
         return
-    if out.exists() and not out.is_dir():
-        raise ConfigurationError(f"--out {str(out)!r} is a file, expected a folder or a new name")
     out.mkdir(parents=True, exist_ok=True)
     with (out / LOCK).open("a") as file:
         try:
@@ -204,6 +213,15 @@ def kept_for_this_call(out: Path | None) -> Iterator[None]:
                 f"--out {str(out)!r} is in use by another call: wait for its end, or choose another folder"
             ) from error
         yield  # the lock ends with the process, however that ends
+
+
+def _remove_unfinished_outputs(out: Path) -> None:
+    """Remove what a killed call has left; not all below the folder, which may be one that the user works in."""
+    for path in out.glob(".*" + UNFINISHED):
+        if path.is_file():
+            path.unlink(missing_ok=True)
+    for name in (OVERLAYS, MASKS, MAPS):
+        remove_unfinished(out / name)
 
 
 def predict_files(job: PredictionJob, announce: Callable[[str], None], tell: Callable[[str], None] | None) -> Tally:
@@ -223,6 +241,8 @@ def predict_files(job: PredictionJob, announce: Callable[[str], None], tell: Cal
         )
     tally = Tally()
     with opened_recorder(job, announce, watching=False) as recorder:
+        if job.out is not None:  # an older table would stand beside the pictures of this call if it were ended
+            (job.out / TABLE).unlink(missing_ok=True)
         files = list(find_inputs(job.inputs, job.out))
         records = progress(recorder.records(files), "images", total=len(files))
         with _table(job) as add:
@@ -249,7 +269,7 @@ def _table(job: PredictionJob) -> Iterator[Callable[[Sequence[str]], None]]:
     if job.out is None:
         yield lambda row: None
         return
-    handle, temporary = tempfile.mkstemp(dir=job.out, prefix=".", suffix=".part")
+    handle, temporary = tempfile.mkstemp(dir=job.out, prefix=".", suffix=UNFINISHED)
     try:
         with os.fdopen(handle, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
             file.write(csv_line(job.choice.columns))

@@ -24,7 +24,7 @@ from patchcore.errors import ConfigurationError
 from patchcore.inference.inputs import InputFile, find_inputs
 from patchcore.inference.outputs import OutputNames, table_row
 from patchcore.inference.run import STATE, TABLE, PredictionJob, Recorder, Tally, opened_recorder, report
-from patchcore.storage.files import csv_line, write_csv
+from patchcore.storage.files import csv_line, write_bytes, write_csv
 
 LOGGER = logging.getLogger(__name__)
 
@@ -51,15 +51,16 @@ class WatchState:
 
     def __init__(self, out: Path, job: PredictionJob) -> None:
         self.job = job
+        self._origin = _origin(job)  # once: the model's folder may hold another one by the time this one ends
         self._done: dict[str, Version] = {}
         self._names: list[str] = []
         self._state_path, self._table_path = out / STATE, out / TABLE
-        if not self._state_path.exists():
+        if not self._state_path.exists() or not self._state_path.stat().st_size:  # a power cut may leave it empty
             if self._table_path.exists():
                 raise ConfigurationError(
                     f"{str(self._table_path)!r} is of another call: choose another --out for --watch"
                 )
-            self._state_path.write_text(json.dumps(_origin(job)) + "\n", encoding="utf-8")
+            write_bytes(self._state_path, json.dumps(self._origin).encode("ascii") + b"\n")
         self._take_up()
         # Without buffers: a line is in the file whole or not at all when Ctrl-C comes.
         self._state = self._state_path.open("ab", buffering=0)
@@ -103,9 +104,10 @@ class WatchState:
         lines = iter(whole.splitlines())
         try:
             origin = json.loads(next(lines, b"null"))
-            if origin != _origin(self.job):
+            if origin != self._origin:
                 raise ConfigurationError(
-                    f"{str(self._state_path)!r} is of another model, --roi or --mm_per_px: choose another --out"
+                    f"{str(self._state_path)!r} is of another model, --roi, --mm_per_px, --resize or --precision: "
+                    "choose another --out"
                 )
             write_csv(self._table_path, self.job.choice.columns, self._rows(lines))
         except (ValueError, KeyError, TypeError) as error:
@@ -130,7 +132,14 @@ def _origin(job: PredictionJob) -> dict[str, Any]:
     """Return what tells results that belong into one table from others."""
     model = sorted(job.model.iterdir()) if job.model.is_dir() else [job.model]
     roi = _digest([job.roi]) if job.roi is not None else None
-    return {"state_version": 1, "model": _digest(model), "roi": roi, "mm_per_px": job.choice.mm_per_px}
+    return {
+        "state_version": 1,
+        "model": _digest(model),
+        "roi": roi,
+        "mm_per_px": job.choice.mm_per_px,
+        "resize_px": job.resize_px,
+        "precision": job.runtime.precision,
+    }
 
 
 def _digest(files: Iterable[Path]) -> str:
@@ -265,7 +274,7 @@ def _watch(
             if not landing.is_settled(file, version, told):
                 recorder.names.release(name)
                 continue
+            report(told, tell)  # first: a call that is killed in between tells it again, rather than never
             state.add(file, version, name, told)
             tally.count(told)
-            report(told, tell)
         time.sleep(max(POLL_SECONDS, SCANS_SHARE * scan_seconds))
