@@ -10,6 +10,7 @@ import itertools
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,8 +31,9 @@ from patchcore.methods.training_features import embed_images
 from patchcore.prediction import StoredModel, prepare_stored, read_header
 from patchcore.runtime import available_cpus, derive_seed, progress, resolve_device, set_threads
 from patchcore.scoring.calibration import Calibration, MapStatistics, calibrate, fold_bounds
-from patchcore.scoring.thresholds import with_rule
-from patchcore.storage.files import write_folder
+from patchcore.scoring.thresholds import highest_quantile, images_needed, with_rule
+from patchcore.storage.files import write_new_folder
+from patchcore.storage.folder_lock import FolderInUseError, locked
 from patchcore.storage.legacy import is_original_folder
 
 BANK = "memory_bank"
@@ -96,14 +98,48 @@ def update_model(job: UpdateJob, announce: Callable[[str], None]) -> Path:
     if job.out is not None and job.out.exists():
         raise ConfigurationError(f"--out {str(job.out)!r} exists, expected a new name: nothing is replaced")
     set_threads(job.runtime.threads)
-    update = _Update(job)
-    images = _read_images(job, update.detector)
-    updated, num_picked = update.with_images(images)
-    _say_what_was_learned(update.detector, updated, len(images), num_picked, announce)
-    if job.out is None:
-        announce(f"the model before: {_keep(job.model)}")
+    with _no_other_update(job):
+        update = _Update(job)
+        images = _read_images(job, update.detector)
+        update.require_enough(len(images))
+        updated, num_picked = update.with_images(images)
+        _say_what_was_learned(update.detector, updated, len(images), num_picked, announce)
+        return _save(updated, job, announce)
+
+
+@contextmanager
+def _no_other_update(job: UpdateJob) -> Iterator[None]:
+    """Keep other updates of the model out from reading to writing, else one would lose what the other has learned."""
+    model = job.model.resolve()
+    with ExitStack() as locks:
+        if job.out is None and model.is_dir():
+            try:
+                locks.enter_context(locked(model.parent, _lock_name(model)))
+            except FolderInUseError as error:
+                raise ConfigurationError(
+                    f"model {str(job.model)!r} is being updated by another process: wait for its end, or type --out"
+                ) from error
+        yield
+
+
+def _lock_name(model: Path) -> str:
+    return f".{model.name[:60]}.lock"  # at most 246 bytes of the 255 that a name may have
+
+
+def _save(updated: AnomalyDetector, job: UpdateJob, announce: Callable[[str], None]) -> Path:
+    """Write the new model and return its folder; one that it replaces is kept first."""
     target = job.out or job.model.resolve()  # a link goes on leading to the model
-    updated.save(target)
+    kept = _keep(target) if job.out is None else None
+    try:
+        updated.save(target)
+    except Exception:  # the model is as it was: a copy would say that it is not. After Ctrl-C nobody knows: it stays
+        if kept is not None:
+            shutil.rmtree(kept, ignore_errors=True)
+            with suppress(OSError):
+                kept.parent.rmdir()
+        raise
+    if kept is not None:
+        announce(f"the model before: {kept}")
     announce(f"model: {target}")
     return target
 
@@ -139,6 +175,11 @@ class _Update:
                 f"model {str(job.model)!r}: the rule {F1} needs labelled validation images, which an update has not: "
                 "type --threshold_rule mean3std or quantile:Q"
             )
+        if self.rule is not None and header.calibration is None:
+            raise ConfigurationError(
+                f"--threshold_rule {self.rule} was typed, but model {str(job.model)!r} was stored without calibration: "
+                "leave --threshold_rule out"
+            )
         device = resolve_device(job.runtime.device, job.runtime.gpus)
         self._new: Callable[[], AnomalyDetector] = lambda: builder(header.source, device)
         self.detector = StoredModel(job.model, header, builder).restore(device)
@@ -157,6 +198,18 @@ class _Update:
             raise ConfigurationError(
                 f"model {str(job.model)!r} keeps its memory bank in a compressed index, which cannot grow: train it "
                 "anew with all images, or with --index flat"
+            )
+
+    def require_enough(self, num_images: int) -> None:
+        """Raise ConfigurationError unless the typed quantile can be had of the stored scores and so many new ones."""
+        calibration, quantile = self.detector.calibration_, self.rule.quantile if self.rule else None
+        if calibration is None or quantile is None:
+            return
+        total = len(calibration.image_scores) + num_images
+        if total < images_needed(quantile):
+            raise ConfigurationError(
+                f"--threshold_rule {self.rule} needs {images_needed(quantile)} normal images, there are {total} with "
+                f"the {num_images} new ones: type at most quantile:{highest_quantile(total)}, or give more images"
             )
 
     def with_images(self, images: torch.Tensor) -> tuple[AnomalyDetector, int]:
@@ -260,13 +313,10 @@ def _say_what_was_learned(
 
 def _keep(model: Path) -> Path:
     """Copy a model folder to where it is kept, and return that place."""
-    model = model.resolve()
     folder = model.parent / KEPT_FOLDER
     numbered = (folder / f"{model.name}-{number}" for number in itertools.count(1))
-    kept = next(path for path in numbered if not path.exists())
 
     def fill(temporary: Path) -> None:
         shutil.copytree(model, temporary, dirs_exist_ok=True)
 
-    write_folder(kept, fill)
-    return kept
+    return write_new_folder((path for path in numbered if not path.exists()), fill)
