@@ -168,8 +168,8 @@ def test_old_model_is_kept(models: Path, images: Path, tmp_path: Path) -> None:
     model = tmp_path / "models" / "mpdd_part"
     calibrated("patchcore").save(model)
     first = {path.name: path.read_bytes() for path in model.iterdir()}
-    for _ in range(2):
-        finished = run(model, f"{images}/[01].png")
+    for chosen in ("[01]", "[23]"):
+        finished = run(model, f"{images}/{chosen}.png")
         assert finished.code == 0, finished.err
     kept = tmp_path / "models" / "before_update"
     assert sorted(path.name for path in kept.iterdir()) == ["mpdd_part-1", "mpdd_part-2"]
@@ -180,6 +180,28 @@ def test_old_model_is_kept(models: Path, images: Path, tmp_path: Path) -> None:
     assert sizes[0] < sizes[1] < sizes[2]
     assert "before_update" in finished.out and sorted(p.name for p in (tmp_path / "models").iterdir()) == [
         "before_update", "mpdd_part"]  # fmt: skip
+
+
+def test_an_image_is_learned_once(models: Path, images: Path, tmp_path: Path) -> None:
+    """Under another name and in another file format it is the same; older models know of none."""
+    model = Path(shutil.copytree(models / "patchcore", tmp_path / "models" / "part"))
+    assert run(model, images / "0.png").code == 0
+    before = {path.name: path.read_bytes() for path in model.iterdir()}
+    with Image.open(images / "0.png") as image:
+        image.save(images / "copy.bmp")
+    finished = run(model, images / "0.png", images / "copy.bmp")
+    assert finished.code == 0, finished.err
+    assert finished.out.splitlines() == [
+        "2 images were learned before: left out", "nothing to do: the model is as it was"]  # fmt: skip
+    assert {path.name: path.read_bytes() for path in model.iterdir()} == before
+    assert [path.name for path in (tmp_path / "models" / "before_update").iterdir()] == ["part-1"]
+    shutil.copy(images / "1.png", images / "1 again.png")
+    finished = run(model, f"{images}/[01]*.png", images / "copy.bmp")
+    assert "2 images were learned before" in finished.out and "1 images repeat others of this call" in finished.out
+    assert "1 images learned" in finished.out
+    updated = open_detector(model, CPU)
+    assert len(updated.learned_images_) == 2
+    assert updated.calibration_ is not None and len(updated.calibration_.image_scores) == 6 + 2
 
 
 def test_one_update_of_a_model_at_a_time(models: Path, images: Path, tmp_path: Path) -> None:

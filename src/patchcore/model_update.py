@@ -20,6 +20,7 @@ import torch
 from patchcore.configs import RuntimeConfig
 from patchcore.configs.thresholds import F1, ThresholdRule
 from patchcore.detector import AnomalyDetector
+from patchcore.digests import sha256_of_tensors
 from patchcore.errors import ConfigurationError, DataError
 from patchcore.inference.detector import prepared_image
 from patchcore.inference.inputs import find_inputs, require_inputs
@@ -88,7 +89,8 @@ def update_model(job: UpdateJob, announce: Callable[[str], None]) -> Path:
         announce: Receives lines for a person.
 
     Returns:
-        Folder of the new model; the old one is whole at every moment, under its name or in `before_update`.
+        Folder of the new model, or of the old one if it knows all images; the old one is whole at every moment, under
+        its name or in `before_update`.
 
     Raises:
         ConfigurationError: Wrong arguments, or a model that cannot learn more.
@@ -100,9 +102,14 @@ def update_model(job: UpdateJob, announce: Callable[[str], None]) -> Path:
     set_threads(job.runtime.threads)
     with _no_other_update(job):
         update = _Update(job)
-        images = _read_images(job, update.detector)
+        images_by_digest = _read_images(job, update.detector, announce)
+        if not images_by_digest:
+            announce("nothing to do: the model is as it was")
+            return job.model
+        images = torch.stack(list(images_by_digest.values()))
         update.require_enough(len(images))
         updated, num_picked = update.with_images(images)
+        updated.learned_images_ = (*update.detector.learned_images_, *images_by_digest)
         _say_what_was_learned(update.detector, updated, len(images), num_picked, announce)
         return _save(updated, job, announce)
 
@@ -275,29 +282,43 @@ class _Update:
         return with_rule(joined, self.rule or stored.rule)
 
 
-def _read_images(job: UpdateJob, detector: AnomalyDetector) -> torch.Tensor:
-    """Return the new images as the model sees them, uint8 [N, 3, S, S].
+def _read_images(job: UpdateJob, detector: AnomalyDetector, announce: Callable[[str], None]) -> dict[str, torch.Tensor]:
+    """Return the images that the model has not learned yet, as it sees them: uint8 [3, S, S] by digest.
+
+    The patches of an image that was learned are in the bank: its score is near 0 and would pull the thresholds down.
 
     Raises:
         DataError: One cannot be read: a model learns all images that were named, or none.
     """
     paths = [file.path for file in find_inputs(job.inputs, None)]
-    pixels = []
+    known, num_known = set(detector.learned_images_), 0
+    images: dict[str, torch.Tensor] = {}
     with ThreadPoolExecutor(available_cpus()) as pool:
         reading = pool.map(lambda path: _pixels(path, detector), paths)
         for image in progress(reading, "new images", total=len(paths)):
             if isinstance(image, DataError):
                 pool.shutdown(cancel_futures=True)
                 raise image
-            pixels.append(image)
-    return torch.stack(pixels)
+            digest, pixels = image
+            if digest in known:
+                num_known += 1
+            else:
+                images[digest] = pixels
+    num_repeated = len(paths) - num_known - len(images)
+    if num_known:
+        announce(f"{num_known} images were learned before: left out")
+    if num_repeated:
+        announce(f"{num_repeated} images repeat others of this call: left out")
+    return images
 
 
-def _pixels(path: Path, detector: AnomalyDetector) -> torch.Tensor | DataError:
+def _pixels(path: Path, detector: AnomalyDetector) -> tuple[str, torch.Tensor] | DataError:
+    """Return the digest of a decoded image, which is that of every copy of it, and what the model sees of it."""
     try:
-        return prepared_image(path, detector, None).pixels
+        prepared = prepared_image(path, detector, None)
     except DataError as error:
         return error
+    return sha256_of_tensors({"image": torch.from_numpy(np.array(prepared.image))}), prepared.pixels
 
 
 def _say_what_was_learned(

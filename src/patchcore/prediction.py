@@ -56,6 +56,7 @@ class StoredModel:
                 "model.json was edited, train the model anew"
             )
         detector.calibration_ = self.header.calibration
+        detector.learned_images_ = self.header.learned_images
         return detector
 
 

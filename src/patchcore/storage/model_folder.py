@@ -50,6 +50,7 @@ class ModelHeader:
         calibration: Scales and thresholds; None without calibration.
         backbones: Which weights the frozen networks had; empty for methods without one, and in format 1.
         libraries: Versions of the libraries that the model was written with; empty in format 1.
+        learned_images: Digests of the images that updates have added, not of those of the training.
         manifest: Digests of the files that belong to it; None in format 1, in exports, and until it is written.
     """
 
@@ -61,6 +62,7 @@ class ModelHeader:
     calibration: Calibration | None = None
     backbones: tuple[BackboneWeights, ...] = ()
     libraries: dict[str, str] = field(default_factory=dict)
+    learned_images: tuple[str, ...] = ()
     manifest: Manifest | None = None
 
 
