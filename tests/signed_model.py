@@ -23,5 +23,6 @@ def sign(folder: Path) -> None:
 
 def as_format_1(content: dict[str, Any]) -> dict[str, Any]:
     """Return the values of model.json as they were before models had digests, which are then not compared."""
-    kept = {name: value for name, value in content.items() if name not in ("manifest", "backbones", "libraries")}
+    newer = ("manifest", "backbones", "libraries", "learned_images")
+    kept = {name: value for name, value in content.items() if name not in newer}
     return {**kept, "format_version": 1}

@@ -41,6 +41,7 @@ from patchcore.memory.torch_search import TorchNN
 from patchcore.methods.patchcore import PatchCore
 from patchcore.prediction import open_detector
 from patchcore.scoring.calibration import Calibration
+from patchcore.storage import model_folder
 from patchcore.storage.model_folder import FORMAT_VERSION, ModelHeader, read_model_tensors, write_model_folder
 
 CPU = torch.device("cpu")
@@ -306,6 +307,36 @@ def test_files_of_another_model_are_refused(folder: Path, trained: PatchCore, tm
         shutil.copy(other / name, mixed / name)
         with pytest.raises(ConfigurationError, match=r"search_index.safetensors is not the file that was written"):
             read_model_tensors(mixed)
+
+
+def test_a_folder_that_is_replaced_while_it_is_read(
+    folder: Path, trained: PatchCore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the tensors are read, and between their digests and their values: never two halves of two models."""
+    copy = shutil.copytree(folder, tmp_path / "again")
+    other = tmp_path / "other"
+    older = trained.calibration_
+    try:
+        trained.calibration_ = None
+        trained.save(other)
+    finally:
+        trained.calibration_ = older
+    header = model_folder.read_model_header(folder)
+    read = model_folder._read_tensor_file
+
+    def replaced_before(path: Path) -> dict[str, torch.Tensor]:
+        shutil.rmtree(folder)
+        other.rename(folder)
+        return read(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model_folder, "_read_tensor_file", replaced_before)
+        with pytest.raises(ConfigurationError, match=r"was replaced while it was read: call again"):
+            read_model_tensors(folder, header)
+    read_model_tensors(folder)
+    with pytest.raises(ConfigurationError, match=r"was replaced while it was read: call again"):
+        read_model_tensors(folder, header)
+    assert read_model_tensors(copy, header).keys() == {"memory_bank"}
 
 
 def test_members_that_model_json_does_not_list(folder: Path, original: Path) -> None:

@@ -166,6 +166,8 @@ def test_tables_with_blank_cells_and_failures(tmp_path: Path) -> None:
     ]
     write_tables(tmp_path, {"a": result("a", 0.5)})
     assert not (tmp_path / "failures.csv").exists()
+    write_tables(tmp_path, {"a": "no image"})
+    assert not (tmp_path / "false_alarms.csv").exists()  # of a class that has failed since
 
 
 def test_seed_table_by_hand(tmp_path: Path) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +27,7 @@ from patchcore.memory.continued_coreset import continued_selection
 from patchcore.memory.sampler import build_sampler, num_selected
 from patchcore.prediction import open_detector
 from patchcore.scoring.thresholds import with_rule
+from patchcore.storage.files import write_new_folder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -147,7 +152,8 @@ def test_the_rule_of_the_model_is_kept_or_replaced(models: Path, images: Path, t
     plain = open_detector(tmp_path / "plain", CPU).calibration_
     assert plain is not None and plain.rule == ThresholdRule()
     too_much = run(models / "patchcore", images, "--out", tmp_path / "x", "--threshold_rule", "quantile:0.99")
-    assert too_much.code == 1 and not (tmp_path / "x").exists()
+    assert too_much.code == 2 and not (tmp_path / "x").exists()
+    assert "needs 99 normal images, there are 10 with the 4 new ones: type at most quantile:0.909" in too_much.err
 
 
 def test_one_image_is_scored_by_the_bank_before(models: Path, images: Path, tmp_path: Path) -> None:
@@ -162,8 +168,8 @@ def test_old_model_is_kept(models: Path, images: Path, tmp_path: Path) -> None:
     model = tmp_path / "models" / "mpdd_part"
     calibrated("patchcore").save(model)
     first = {path.name: path.read_bytes() for path in model.iterdir()}
-    for _ in range(2):
-        finished = run(model, f"{images}/[01].png")
+    for chosen in ("[01]", "[23]"):
+        finished = run(model, f"{images}/{chosen}.png")
         assert finished.code == 0, finished.err
     kept = tmp_path / "models" / "before_update"
     assert sorted(path.name for path in kept.iterdir()) == ["mpdd_part-1", "mpdd_part-2"]
@@ -174,6 +180,72 @@ def test_old_model_is_kept(models: Path, images: Path, tmp_path: Path) -> None:
     assert sizes[0] < sizes[1] < sizes[2]
     assert "before_update" in finished.out and sorted(p.name for p in (tmp_path / "models").iterdir()) == [
         "before_update", "mpdd_part"]  # fmt: skip
+
+
+def test_an_image_is_learned_once(models: Path, images: Path, tmp_path: Path) -> None:
+    """Under another name and in another file format it is the same; older models know of none."""
+    model = Path(shutil.copytree(models / "patchcore", tmp_path / "models" / "part"))
+    assert run(model, images / "0.png").code == 0
+    before = {path.name: path.read_bytes() for path in model.iterdir()}
+    with Image.open(images / "0.png") as image:
+        image.save(images / "copy.bmp")
+    finished = run(model, images / "0.png", images / "copy.bmp")
+    assert finished.code == 0, finished.err
+    assert finished.out.splitlines() == [
+        "2 images were learned before: left out", "nothing to do: the model is as it was"]  # fmt: skip
+    assert {path.name: path.read_bytes() for path in model.iterdir()} == before
+    assert [path.name for path in (tmp_path / "models" / "before_update").iterdir()] == ["part-1"]
+    shutil.copy(images / "1.png", images / "1 again.png")
+    finished = run(model, f"{images}/[01]*.png", images / "copy.bmp")
+    assert "2 images were learned before" in finished.out and "1 images repeat others of this call" in finished.out
+    assert "1 images learned" in finished.out
+    updated = open_detector(model, CPU)
+    assert len(updated.learned_images_) == 2
+    assert updated.calibration_ is not None and len(updated.calibration_.image_scores) == 6 + 2
+
+
+def test_one_update_of_a_model_at_a_time(models: Path, images: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(models / "patchcore", tmp_path / "models" / "part"))
+    holder = (
+        "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, 2); print(1, flush=True); input()"  # LOCK_EX
+    )
+    lock = model.parent / ".part.lock"
+    with subprocess.Popen(
+        [sys.executable, "-S", "-c", holder, str(lock)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout is not None and other.stdout.readline()
+        refused = run(model, images)
+        other.communicate(b"\n")
+    assert refused.code == 2 and "is being updated by another process" in refused.err, refused.err
+    assert not (model.parent / "before_update").exists()
+    assert run(model, images / "0.png").code == 0
+    assert sorted(path.name for path in model.parent.iterdir()) == ["before_update", "part"]
+
+
+def test_a_failed_save_leaves_no_copy(
+    models: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Path(shutil.copytree(models / "patchcore", tmp_path / "models" / "part"))
+    before = {path.name: path.read_bytes() for path in model.iterdir()}
+
+    def full(self: AnomalyDetector, folder: Path) -> None:
+        assert (folder.parent / "before_update" / "part-1" / "model.json").exists()
+        raise OSError(errno.ENOSPC, "No space left on device", str(folder))
+
+    monkeypatch.setattr(AnomalyDetector, "save", full)
+    assert run(model, images / "0.png").code != 0
+    assert {path.name: path.read_bytes() for path in model.iterdir()} == before
+    assert [path.name for path in model.parent.iterdir()] == ["part"]
+
+
+def test_a_kept_model_takes_a_name_that_nobody_else_has(tmp_path: Path) -> None:
+    (tmp_path / "a-1").mkdir()
+    (tmp_path / "a-1" / "of another").touch()
+    (tmp_path / "a-2").touch()
+    names = [tmp_path / f"a-{number}" for number in (1, 2, 3)]
+    assert write_new_folder(names, lambda folder: (folder / "x").touch()) == names[2]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a-1", "a-2", "a-3"]
+    assert [path.name for path in names[0].iterdir()] == ["of another"]
 
 
 def test_what_cannot_be_updated(models: Path, images: Path, tmp_path: Path) -> None:
@@ -213,4 +285,6 @@ def test_models_without_thresholds(images: Path, tmp_path: Path) -> None:
     assert finished.code == 0 and "stored without calibration" in finished.out
     updated = open_detector(tmp_path / "new", CPU)
     assert updated.calibration_ is None
+    refused = run(tmp_path / "m", images, "--out", tmp_path / "x", "--threshold_rule", "mean3std")
+    assert refused.code == 2 and "stored without calibration: leave --threshold_rule out" in refused.err
     assert len(updated.tensors()["Ensemble-1-2/memory_bank"]) > len(minmax.tensors()["Ensemble-1-2/memory_bank"])

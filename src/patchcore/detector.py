@@ -102,6 +102,7 @@ class AnomalyDetector(ABC):
         preprocessing: Resize and crop that its images had.
         source: What it is trained on.
         calibration_: Thresholds; None before calibration or without it.
+        learned_images_: Digests of the images that updates have added, so that none is learned twice.
         plan: What `fit` does besides learning, for methods that learn in epochs; to be set before it.
     """
 
@@ -113,6 +114,7 @@ class AnomalyDetector(ABC):
         self.preprocessing = preprocessing
         self.source = source
         self.calibration_: Calibration | None = None
+        self.learned_images_: tuple[str, ...] = ()
         self.plan = TrainingPlan()
 
     @abstractmethod
@@ -227,6 +229,7 @@ class AnomalyDetector(ABC):
             self.calibration_,
             self.backbones(),
             library_versions(),
+            self.learned_images_,
         )
 
 

@@ -10,6 +10,7 @@ import itertools
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import torch
 from patchcore.configs import RuntimeConfig
 from patchcore.configs.thresholds import F1, ThresholdRule
 from patchcore.detector import AnomalyDetector
+from patchcore.digests import sha256_of_tensors
 from patchcore.errors import ConfigurationError, DataError
 from patchcore.inference.detector import prepared_image
 from patchcore.inference.inputs import find_inputs, require_inputs
@@ -30,8 +32,9 @@ from patchcore.methods.training_features import embed_images
 from patchcore.prediction import StoredModel, prepare_stored, read_header
 from patchcore.runtime import available_cpus, derive_seed, progress, resolve_device, set_threads
 from patchcore.scoring.calibration import Calibration, MapStatistics, calibrate, fold_bounds
-from patchcore.scoring.thresholds import with_rule
-from patchcore.storage.files import write_folder
+from patchcore.scoring.thresholds import highest_quantile, images_needed, with_rule
+from patchcore.storage.files import write_new_folder
+from patchcore.storage.folder_lock import FolderInUseError, locked
 from patchcore.storage.legacy import is_original_folder
 
 BANK = "memory_bank"
@@ -86,7 +89,8 @@ def update_model(job: UpdateJob, announce: Callable[[str], None]) -> Path:
         announce: Receives lines for a person.
 
     Returns:
-        Folder of the new model; the old one is whole at every moment, under its name or in `before_update`.
+        Folder of the new model, or of the old one if it knows all images; the old one is whole at every moment, under
+        its name or in `before_update`.
 
     Raises:
         ConfigurationError: Wrong arguments, or a model that cannot learn more.
@@ -96,14 +100,53 @@ def update_model(job: UpdateJob, announce: Callable[[str], None]) -> Path:
     if job.out is not None and job.out.exists():
         raise ConfigurationError(f"--out {str(job.out)!r} exists, expected a new name: nothing is replaced")
     set_threads(job.runtime.threads)
-    update = _Update(job)
-    images = _read_images(job, update.detector)
-    updated, num_picked = update.with_images(images)
-    _say_what_was_learned(update.detector, updated, len(images), num_picked, announce)
-    if job.out is None:
-        announce(f"the model before: {_keep(job.model)}")
+    with _no_other_update(job):
+        update = _Update(job)
+        images_by_digest = _read_images(job, update.detector, announce)
+        if not images_by_digest:
+            announce("nothing to do: the model is as it was")
+            return job.model
+        images = torch.stack(list(images_by_digest.values()))
+        update.require_enough(len(images))
+        updated, num_picked = update.with_images(images)
+        updated.learned_images_ = (*update.detector.learned_images_, *images_by_digest)
+        _say_what_was_learned(update.detector, updated, len(images), num_picked, announce)
+        return _save(updated, job, announce)
+
+
+@contextmanager
+def _no_other_update(job: UpdateJob) -> Iterator[None]:
+    """Keep other updates of the model out from reading to writing, else one would lose what the other has learned."""
+    model = job.model.resolve()
+    with ExitStack() as locks:
+        if job.out is None and model.is_dir():
+            try:
+                locks.enter_context(locked(model.parent, _lock_name(model)))
+            except FolderInUseError as error:
+                raise ConfigurationError(
+                    f"model {str(job.model)!r} is being updated by another process: wait for its end, or type --out"
+                ) from error
+        yield
+
+
+def _lock_name(model: Path) -> str:
+    return f".{model.name[:60]}.lock"  # at most 246 bytes of the 255 that a name may have
+
+
+def _save(updated: AnomalyDetector, job: UpdateJob, announce: Callable[[str], None]) -> Path:
+    """Write the new model and return its folder; one that it replaces is kept first."""
     target = job.out or job.model.resolve()  # a link goes on leading to the model
-    updated.save(target)
+    kept = _keep(target) if job.out is None else None
+    try:
+        updated.save(target)
+    except Exception:  # the model is as it was: a copy would say that it is not. After Ctrl-C nobody knows: it stays
+        if kept is not None:
+            shutil.rmtree(kept, ignore_errors=True)
+            with suppress(OSError):
+                kept.parent.rmdir()
+        raise
+    if kept is not None:
+        announce(f"the model before: {kept}")
     announce(f"model: {target}")
     return target
 
@@ -139,6 +182,11 @@ class _Update:
                 f"model {str(job.model)!r}: the rule {F1} needs labelled validation images, which an update has not: "
                 "type --threshold_rule mean3std or quantile:Q"
             )
+        if self.rule is not None and header.calibration is None:
+            raise ConfigurationError(
+                f"--threshold_rule {self.rule} was typed, but model {str(job.model)!r} was stored without calibration: "
+                "leave --threshold_rule out"
+            )
         device = resolve_device(job.runtime.device, job.runtime.gpus)
         self._new: Callable[[], AnomalyDetector] = lambda: builder(header.source, device)
         self.detector = StoredModel(job.model, header, builder).restore(device)
@@ -157,6 +205,18 @@ class _Update:
             raise ConfigurationError(
                 f"model {str(job.model)!r} keeps its memory bank in a compressed index, which cannot grow: train it "
                 "anew with all images, or with --index flat"
+            )
+
+    def require_enough(self, num_images: int) -> None:
+        """Raise ConfigurationError unless the typed quantile can be had of the stored scores and so many new ones."""
+        calibration, quantile = self.detector.calibration_, self.rule.quantile if self.rule else None
+        if calibration is None or quantile is None:
+            return
+        total = len(calibration.image_scores) + num_images
+        if total < images_needed(quantile):
+            raise ConfigurationError(
+                f"--threshold_rule {self.rule} needs {images_needed(quantile)} normal images, there are {total} with "
+                f"the {num_images} new ones: type at most quantile:{highest_quantile(total)}, or give more images"
             )
 
     def with_images(self, images: torch.Tensor) -> tuple[AnomalyDetector, int]:
@@ -222,29 +282,43 @@ class _Update:
         return with_rule(joined, self.rule or stored.rule)
 
 
-def _read_images(job: UpdateJob, detector: AnomalyDetector) -> torch.Tensor:
-    """Return the new images as the model sees them, uint8 [N, 3, S, S].
+def _read_images(job: UpdateJob, detector: AnomalyDetector, announce: Callable[[str], None]) -> dict[str, torch.Tensor]:
+    """Return the images that the model has not learned yet, as it sees them: uint8 [3, S, S] by digest.
+
+    The patches of an image that was learned are in the bank: its score is near 0 and would pull the thresholds down.
 
     Raises:
         DataError: One cannot be read: a model learns all images that were named, or none.
     """
     paths = [file.path for file in find_inputs(job.inputs, None)]
-    pixels = []
+    known, num_known = set(detector.learned_images_), 0
+    images: dict[str, torch.Tensor] = {}
     with ThreadPoolExecutor(available_cpus()) as pool:
         reading = pool.map(lambda path: _pixels(path, detector), paths)
         for image in progress(reading, "new images", total=len(paths)):
             if isinstance(image, DataError):
                 pool.shutdown(cancel_futures=True)
                 raise image
-            pixels.append(image)
-    return torch.stack(pixels)
+            digest, pixels = image
+            if digest in known:
+                num_known += 1
+            else:
+                images[digest] = pixels
+    num_repeated = len(paths) - num_known - len(images)
+    if num_known:
+        announce(f"{num_known} images were learned before: left out")
+    if num_repeated:
+        announce(f"{num_repeated} images repeat others of this call: left out")
+    return images
 
 
-def _pixels(path: Path, detector: AnomalyDetector) -> torch.Tensor | DataError:
+def _pixels(path: Path, detector: AnomalyDetector) -> tuple[str, torch.Tensor] | DataError:
+    """Return the digest of a decoded image, which is that of every copy of it, and what the model sees of it."""
     try:
-        return prepared_image(path, detector, None).pixels
+        prepared = prepared_image(path, detector, None)
     except DataError as error:
         return error
+    return sha256_of_tensors({"image": torch.from_numpy(np.array(prepared.image))}), prepared.pixels
 
 
 def _say_what_was_learned(
@@ -260,13 +334,10 @@ def _say_what_was_learned(
 
 def _keep(model: Path) -> Path:
     """Copy a model folder to where it is kept, and return that place."""
-    model = model.resolve()
     folder = model.parent / KEPT_FOLDER
     numbered = (folder / f"{model.name}-{number}" for number in itertools.count(1))
-    kept = next(path for path in numbered if not path.exists())
 
     def fill(temporary: Path) -> None:
         shutil.copytree(model, temporary, dirs_exist_ok=True)
 
-    write_folder(kept, fill)
-    return kept
+    return write_new_folder((path for path in numbered if not path.exists()), fill)

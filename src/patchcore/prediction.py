@@ -47,7 +47,7 @@ class StoredModel:
         detector = self.builder(self.header.source, device)
         require_same_weights(self.header, detector, str(self.folder))
         try:
-            detector.restore(read_tensors(self.folder))
+            detector.restore(read_tensors(self.folder, self.header))
         except (ConfigurationError, DataError) as error:
             raise ConfigurationError(f"model {str(self.folder)!r}: {error}") from error
         if self.header.calibration is not None and not detector.can_calibrate:
@@ -56,6 +56,7 @@ class StoredModel:
                 "model.json was edited, train the model anew"
             )
         detector.calibration_ = self.header.calibration
+        detector.learned_images_ = self.header.learned_images
         return detector
 
 
@@ -87,11 +88,22 @@ def warn_unverified(headers: Mapping[Path, ModelHeader | None]) -> None:
         LOGGER.warning("not verified, written before models had digests: %s", ", ".join(unverified))
 
 
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Read what a model learned, from its folder or a file of `torch.save`."""
+def read_tensors(path: Path, header: ModelHeader) -> dict[str, torch.Tensor]:
+    """Read what a model learned, from its folder or a file of `torch.save`.
+
+    Args:
+        path: The folder or file.
+        header: What `read_header` gave of it, so that both are of one model.
+
+    Raises:
+        ConfigurationError: It is damaged, or was replaced since its header was read.
+    """
     if path.is_file():
-        return read_torch_file(path).tensors
-    return read_original_tensors(path) if is_original_folder(path) else read_model_tensors(path)
+        file = read_torch_file(path)
+        if file.header is not None and replace(file.header, config=header.config) != header:  # options may override it
+            raise ConfigurationError(f"{str(path)!r} was replaced while it was read: call again")
+        return file.tensors
+    return read_original_tensors(path) if is_original_folder(path) else read_model_tensors(path, header)
 
 
 def require_same_weights(header: ModelHeader, detector: AnomalyDetector, where: str) -> None:

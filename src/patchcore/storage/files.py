@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import os
@@ -77,6 +78,37 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def write_new_folder(names: Iterable[Path], fill: Callable[[Path], None]) -> Path:
+    """Fill a temporary folder and give it the first free name; nothing is replaced, whoever else writes there.
+
+    Args:
+        names: Names in one folder, in order of preference, as many as it takes.
+        fill: Receives the temporary folder.
+
+    Returns:
+        The name that it got.
+    """
+    temporary = None
+    try:
+        for name in names:
+            if temporary is None:
+                name.parent.mkdir(parents=True, exist_ok=True)
+                temporary = _temporary(name.parent, UNFINISHED)
+                temporary.mkdir()
+                fill(temporary)
+            try:
+                os.rename(temporary, name)  # fails where there is a file or a folder with content
+            except OSError as error:
+                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+                    raise
+                continue
+            return name
+        raise ValueError("no name is free")
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _replace_folder(new: Path, folder: Path) -> None:

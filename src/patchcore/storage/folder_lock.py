@@ -25,18 +25,22 @@ class FolderInUseError(ConfigurationError):
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep other runs out of a folder while the context lasts.
+def locked(folder: Path, name: str = LOCK_FILE) -> Iterator[None]:
+    """Keep other runs out of a folder, or other writers of one thing in it, while the context lasts.
 
     The lock is the operating system's and goes with the process that holds it, however that ends: none is ever stale.
     It is of the kind that also holds between machines that share a file system (lockf), and that no child process
     inherits, which may outlive a run that is killed. Where a file system has no locks, one warning says so.
 
+    Args:
+        folder: Where the file of the lock lies.
+        name: What is locked, as the name of that file.
+
     Raises:
         FolderInUseError: Another process holds it; the message names it.
         ConfigurationError: Nothing can be written there.
     """
-    path = folder / LOCK_FILE
+    path = folder / name
     handle = _acquire(path)
     try:
         yield

@@ -25,7 +25,7 @@ from patchcore.configs import BackboneWeights, PreprocessingConfig, TrainingSour
 from patchcore.errors import ConfigurationError
 from patchcore.scoring.calibration import Calibration
 from patchcore.storage.files import write_bytes, write_folder, write_json
-from patchcore.storage.manifest import MANIFEST, read_manifest, require_files, with_manifest
+from patchcore.storage.manifest import Manifest, read_manifest, require_files, with_manifest
 
 LOGGER = logging.getLogger(__name__)
 
@@ -50,6 +50,8 @@ class ModelHeader:
         calibration: Scales and thresholds; None without calibration.
         backbones: Which weights the frozen networks had; empty for methods without one, and in format 1.
         libraries: Versions of the libraries that the model was written with; empty in format 1.
+        learned_images: Digests of the images that updates have added, not of those of the training.
+        manifest: Digests of the files that belong to it; None in format 1, in exports, and until it is written.
     """
 
     format_version: int
@@ -60,6 +62,8 @@ class ModelHeader:
     calibration: Calibration | None = None
     backbones: tuple[BackboneWeights, ...] = ()
     libraries: dict[str, str] = field(default_factory=dict)
+    learned_images: tuple[str, ...] = ()
+    manifest: Manifest | None = None
 
 
 def write_model_folder(
@@ -100,10 +104,7 @@ def read_model_header(folder: Path) -> ModelHeader:
     Raises:
         ConfigurationError: The folder or the file is missing, damaged, edited or of a newer format.
     """
-    mapping = _read_model_file(folder)
-    return header_from_mapping(
-        {name: value for name, value in mapping.items() if name != MANIFEST}, folder / MODEL_FILE
-    )
+    return header_from_mapping(_read_model_file(folder), folder / MODEL_FILE)
 
 
 def _read_model_file(folder: Path) -> dict[str, Any]:
@@ -164,13 +165,42 @@ def header_from_mapping(mapping: object, path: Path) -> ModelHeader:
         raise ConfigurationError(f"{str(path)!r} is damaged ({error}): train the model anew") from error
 
 
-def read_model_tensors(folder: Path) -> dict[str, torch.Tensor]:
+def read_model_tensors(folder: Path, header: ModelHeader | None = None) -> dict[str, torch.Tensor]:
     """Read what was learned, under the names that were given to `write_model_folder`.
 
+    Args:
+        folder: The model folder.
+        header: What model.json said before, so that header and tensors are of one model; None: nothing was read yet.
+
     Raises:
-        ConfigurationError: There is no file of tensors, or the files are not those that were written.
+        ConfigurationError: There is no file of tensors, the files are not those that were written, or the folder was
+            replaced since its header was read.
     """
     mapping = _read_model_file(folder)
+    replaced = f"{str(folder)!r} was replaced while it was read: call again"
+    if header is not None and header_from_mapping(mapping, folder / MODEL_FILE).manifest != header.manifest:
+        raise ConfigurationError(replaced)
+    try:
+        tensors = _read_tensor_files(folder, mapping)
+    except (ConfigurationError, OSError) as error:
+        if _holds(folder, mapping):
+            raise
+        raise ConfigurationError(replaced) from error
+    if not _holds(folder, mapping):  # digests and tensors are two readings of a file
+        raise ConfigurationError(replaced)
+    return tensors
+
+
+def _holds(folder: Path, mapping: Mapping[str, Any]) -> bool:
+    """Return whether model.json still has the values that were read of it."""
+    try:
+        return _read_model_file(folder) == mapping
+    except ConfigurationError:
+        return False
+
+
+def _read_tensor_files(folder: Path, mapping: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Return the tensors of all members, compared with what model.json says of their files."""
     # Names with a dot in front are what file systems and killed programs leave.
     found = sorted(p for p in folder.glob("[!.]*") if p.name.endswith((TENSOR_FILE, INDEX_FILE)))
     if not found:

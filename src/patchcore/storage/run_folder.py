@@ -309,6 +309,8 @@ def write_tables(folder: Path, outcomes: Mapping[str, ClassResult | str]) -> Non
     ]
     if alarm_rows:
         write_csv(folder / "false_alarms.csv", (ROW_NAMES, *FALSE_ALARM_COLUMNS), alarm_rows)
+    else:  # a class that has failed since would still be in an older one
+        (folder / "false_alarms.csv").unlink(missing_ok=True)
     if failures:
         write_csv(folder / "failures.csv", (ROW_NAMES, "reason"), failures)
     else:

@@ -18,6 +18,7 @@ import torch
 from patchcore.config_json import config_to_dict
 from patchcore.digests import sha256_of_json, sha256_of_tensors
 from patchcore.errors import ConfigurationError
+from patchcore.storage.manifest import MANIFEST
 from patchcore.storage.model_folder import ModelHeader, header_from_mapping, is_verified
 
 HEADER, WEIGHTS, DIGEST = "model", "state_dict", "sha256"
@@ -38,7 +39,8 @@ class TorchFile:
 
 def torch_export_bytes(header: ModelHeader, tensors: Mapping[str, torch.Tensor]) -> bytes:
     """Return the content of an export."""
-    content = {HEADER: config_to_dict(header), WEIGHTS: {name: t.cpu() for name, t in tensors.items()}}
+    described = {name: value for name, value in config_to_dict(header).items() if name != MANIFEST}  # of no folder
+    content = {HEADER: described, WEIGHTS: {name: t.cpu() for name, t in tensors.items()}}
     return state_bytes({**content, DIGEST: _digest(content)})
 
 
