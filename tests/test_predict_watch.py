@@ -26,7 +26,7 @@ from patchcore.errors import ConfigurationError
 from patchcore.inference import watch
 from patchcore.inference.inputs import InputFile
 from patchcore.inference.outputs import failure_record
-from patchcore.inference.run import PredictionJob, kept_for_this_call
+from patchcore.inference.run import PredictionJob
 from patchcore.inference.watch import WatchState
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -211,8 +211,16 @@ def test_results_of_other_calls_are_not_mixed(model: Path, tmp_path: Path) -> No
     watching(model, tmp_path, watched, lambda: wait_for(lambda: len(names(watched)) > 0))
     refused = invoke(predict, model, tmp_path / "a.png", "--out", watched, *common)
     assert refused.code == 2 and "--watch" in refused.err
-    with kept_for_this_call(tmp_path / "once"):
+    hold = (
+        "import sys; from pathlib import Path; from patchcore.storage.folder_lock import locked\n"
+        "with locked(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", hold, str(tmp_path / "once")]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY / "src")}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as other:
+        assert other.stdout is not None and other.stdout.readline() == b"held\n"
         refused = invoke(predict, model, tmp_path / "a.png", "--out", tmp_path / "once", *common)
+        other.communicate()
     assert refused.code == 2 and "in use by another call" in refused.err
 
 

@@ -22,9 +22,8 @@ from patchcore.cli.commands import (
     train,
 )
 from patchcore.cli.grammar import ChainedCommand
-from patchcore.cli.steps import dataset_step, refuse, sampler_step, stored_dataset_step, with_options
+from patchcore.cli.steps import PRECISION_OPTION, dataset_step, refuse, sampler_step, stored_dataset_step, with_options
 from patchcore.configs import (
-    BACKBONE_PRECISIONS,
     EMBEDDINGS,
     INDEXES,
     NORMALIZATIONS,
@@ -117,13 +116,7 @@ MACHINE_OPTIONS = (
     click.option(
         "--faiss_num_workers", type=int, default=None, help="Search with faiss on so many CPU threads instead of torch."
     ),
-    click.option(
-        "--precision",
-        type=click.Choice(BACKBONE_PRECISIONS),
-        default="float32",
-        show_default=True,
-        help="Numbers of the backbone; auto: the fastest that this device computes with in hardware.",
-    ),
+    PRECISION_OPTION,
 )
 
 

@@ -7,19 +7,11 @@ from pathlib import Path
 import click
 
 from patchcore.cli.grammar import EXIT_FAILED, OneLineErrors, announce, quiet_libraries
-from patchcore.cli.steps import RUNTIME_OPTIONS, with_options
-from patchcore.configs import BACKBONE_PRECISIONS, RuntimeConfig
+from patchcore.cli.steps import PRECISION_OPTION, RUNTIME_OPTIONS, with_options
+from patchcore.configs import RuntimeConfig
 from patchcore.runtime import log_to_console
 
 EXIT_DEFECT = 3
-
-PRECISION_OPTION = click.option(
-    "--precision",
-    type=click.Choice(BACKBONE_PRECISIONS),
-    default="float32",
-    show_default=True,
-    help="Numbers that the backbone computes with.",
-)
 
 
 @click.command("predict", cls=OneLineErrors)

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import click
 
 from patchcore.configs import (
+    BACKBONE_PRECISIONS,
     CALIBRATION_METHODS,
     RESIZE_MODES,
     DatasetConfig,
@@ -39,6 +40,14 @@ RUNTIME_OPTIONS: tuple[Callable[[Any], Any], ...] = (
         "--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps; auto takes --gpu if any."
     ),
     click.option("--threads", type=int, default=None, help="CPU threads; torch's own choice if left out."),
+)
+
+PRECISION_OPTION = click.option(
+    "--precision",
+    type=click.Choice(BACKBONE_PRECISIONS),
+    default="float32",
+    show_default=True,
+    help="Numbers of the backbone; auto: the fastest that this device computes with in hardware.",
 )
 
 CALIBRATION_OPTION = click.option(

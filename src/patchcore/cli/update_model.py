@@ -8,8 +8,7 @@ from pathlib import Path
 import click
 
 from patchcore.cli.grammar import EXIT_FAILED, OneLineErrors, announce, quiet_libraries
-from patchcore.cli.predict import PRECISION_OPTION
-from patchcore.cli.steps import RUNTIME_OPTIONS, with_options
+from patchcore.cli.steps import PRECISION_OPTION, RUNTIME_OPTIONS, with_options
 from patchcore.configs import RuntimeConfig, require_at_least
 from patchcore.configs.thresholds import ThresholdRule
 from patchcore.errors import DataError

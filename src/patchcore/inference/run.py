@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
@@ -10,7 +9,7 @@ import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,13 +31,13 @@ from patchcore.inference.outputs import (
 )
 from patchcore.runtime import progress
 from patchcore.storage.files import UNFINISHED, csv_line, escaped, remove_unfinished
+from patchcore.storage.folder_lock import FolderInUseError, locked
 from patchcore.storage.run_folder import require_output_folder
 
 LOGGER = logging.getLogger(__name__)
 
 TABLE = "predictions.csv"
 STATE = "watch_state.jsonl"
-LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -205,14 +204,14 @@ def kept_for_this_call(out: Path | None) -> Iterator[None]:
         yield
         return
     out.mkdir(parents=True, exist_ok=True)
-    with (out / LOCK).open("a") as file:
+    with ExitStack() as locks:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            locks.enter_context(locked(out))
+        except FolderInUseError as error:
             raise ConfigurationError(
                 f"--out {str(out)!r} is in use by another call: wait for its end, or choose another folder"
             ) from error
-        yield  # the lock ends with the process, however that ends
+        yield
 
 
 def _remove_unfinished_outputs(out: Path) -> None:
