@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -34,6 +37,7 @@ from patchcore.methods.patchcore import PatchCore
 from patchcore.runtime import available_cpus, derive_seed, progress
 from patchcore.storage.model_folder import read_model_tensors
 
+T = TypeVar("T")
 SEED = 0
 BATCH_SIZE = 8
 
@@ -204,6 +208,19 @@ class Material:
     def stored_bank(self, model_folder: Path) -> np.ndarray:
         """Return the memory bank float32 [M, D] of a stored model."""
         return read_model_tensors(model_folder)["memory_bank"].numpy()
+
+
+def in_own_process(function: Callable[..., T], *arguments: object) -> T:
+    """Call a function of a module in a fresh process: what ran here before it leaves threads and memory behind."""
+    context = multiprocessing.get_context("spawn")  # a forked process shares all that
+    with ProcessPoolExecutor(1, mp_context=context) as pool:  # its processes may have children, those of a Pool not
+        return pool.submit(_called, multiprocessing.get_start_method(), function, *arguments).result()
+
+
+def _called(start_method: str, function: Callable[..., T], *arguments: object) -> T:
+    """Call a function where further processes start as in a program that a user starts."""
+    multiprocessing.set_start_method(start_method, force=True)  # it would be that by which this one was started
+    return function(*arguments)
 
 
 def timed(work: Callable[[], object]) -> Callable[[], float]:

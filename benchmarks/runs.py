@@ -15,13 +15,14 @@ import click
 import numpy as np
 import oracles
 import torch
-from material import SEED, Material, alternating, timed
+from material import SEED, Material, Settings, alternating, in_own_process, timed
 from reference import ReferencePatchCore, ReferenceScores, all_metrics
 from results import Row
 
-from patchcore.cli import load_and_evaluate_patchcore, run_patchcore
+from patchcore.cli import run_patchcore
 from patchcore.datasets.inspection import DatasetSplit
 from patchcore.memory.points import Points
+from patchcore.runtime import set_threads
 from patchcore.storage.model_folder import read_model_header
 
 REPOSITORY = Path(__file__).parents[1]
@@ -116,13 +117,21 @@ def train(material: Material, group: str, *options: object, percentage: float | 
 
 
 def evaluate(material: Material, model: Path, *options: object) -> Run:
-    """Evaluate a stored model with the command, and return the folder of its tables."""
+    """Evaluate a stored model with the command, in a process of its own, and return the folder of its tables.
+
+    Raises:
+        CommandFailed: Its exit code is not 0.
+    """
     s = material.settings
-    last = call(
-        load_and_evaluate_patchcore, "--device", "cpu", "--threads", s.threads, material.folder / "evaluated",
-        "patch_core_loader", "-p", model, *options, "dataset", "-d", s.category, "mpdd", s.data,
-    )  # fmt: skip
-    return Run(Path(last.removeprefix("results: ")), f"mpdd_{s.category}")
+    arguments = [
+        REPOSITORY / "bin" / "load_and_evaluate_patchcore.py", "--device", "cpu", "--threads", s.threads,
+        material.folder / "evaluated", "patch_core_loader", "-p", model, *options,
+        "dataset", "-d", s.category, "mpdd", s.data,
+    ]  # fmt: skip
+    ended = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, check=False)
+    if ended.returncode:
+        raise CommandFailed(f"{' '.join(map(str, arguments))}: exit code {ended.returncode}: {ended.stderr[-500:]}")
+    return Run(Path(ended.stdout.splitlines()[-1].removeprefix("results: ")), f"mpdd_{s.category}")
 
 
 def reference_detector(material: Material) -> ReferencePatchCore:
@@ -170,8 +179,10 @@ def _metrics_of(material: Material, found: ReferenceScores) -> dict[str, float]:
     return all_metrics(found.scores, material.labels, found.maps, found.masks)
 
 
-def bare_loop(material: Material) -> Callable[[], None]:
-    """Return what decodes, resizes and crops the test images and runs the backbone on them, and nothing else."""
+def bare_seconds(settings: Settings, folder: Path) -> float:
+    """Return how long it takes to decode, resize and crop the test images and run the backbone on them, s."""
+    set_threads(settings.threads)
+    material = Material(settings, folder)
     images = material.reference_images(DatasetSplit.TEST)
     backbone = material.hooked_backbone()
 
@@ -180,20 +191,31 @@ def bare_loop(material: Material) -> Callable[[], None]:
             batch = [images.image(i) for i in range(start, min(start + BARE_BATCH, len(images)))]
             backbone(torch.stack(batch))
 
-    return run
+    return timed(run)()
+
+
+def published_seconds(settings: Settings, folder: Path, model: Path) -> tuple[float, np.ndarray]:
+    """Return how long the published loop takes for the test images, s, and their scores [N]."""
+    set_threads(settings.threads)
+    material = Material(settings, folder)
+    images = material.reference_images(DatasetSplit.TEST)
+    published = reference_detector(material)
+    published.set_bank(material.stored_bank(model))
+    found: list[ReferenceScores] = []
+    return timed(lambda: found.append(published.predict(images)))(), found[0].scores
 
 
 def predict(material: Material) -> list[Row]:
-    """Measure scoring from files, without metrics: by stored models with a small and a large bank."""
+    """Measure scoring from files, without metrics: by stored models with a small and a large bank.
+
+    Every run is a process of its own, as commands are.
+    """
     s = material.settings
     small = train(
         material, "small", "--calibration", "none", "--save_patchcore_model", percentage=SMALL_PERCENTAGE
     ).model
     large = train(material, "large", "--calibration", "none", "--save_patchcore_model").model
-    images = material.reference_images(DatasetSplit.TEST)
-    published = reference_detector(material)
-    published.set_bank(material.stored_bank(large))
-    found: list[ReferenceScores] = []
+    expected: list[np.ndarray] = []
     variants = {
         "small": (small, ()),
         "flat": (large, ()),
@@ -210,14 +232,20 @@ def predict(material: Material) -> list[Row]:
 
         return run
 
-    def loop() -> None:
-        found[:] = [published.predict(images)]
+    def loop() -> float:
+        seconds, scores = in_own_process(published_seconds, s, material.folder, large)
+        expected[:] = [scores]
+        return seconds
 
-    work = {"bare": timed(bare_loop(material)), "reference": timed(loop), **{name: toolkit(name) for name in variants}}
+    work = {
+        "bare": lambda: in_own_process(bare_seconds, s, material.folder),
+        "reference": loop,
+        **{name: toolkit(name) for name in variants},
+    }
     seconds = alternating(work, s.rounds, "predict", warm_up=False)
     rate = {name: 1 / seconds[name] for name in variants}
-    rate |= {name: len(images) / seconds[name] for name in ("bare", "reference")}
-    difference = float(np.max(np.abs(runs["flat"].scores / found[0].scores - 1)))
+    rate |= {name: len(material.labels) / seconds[name] for name in ("bare", "reference")}
+    difference = float(np.max(np.abs(runs["flat"].scores / expected[0] - 1)))
     return [
         _predict_row(
             "predict_small",

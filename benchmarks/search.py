@@ -11,7 +11,7 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 
 import numpy as np
@@ -189,7 +189,10 @@ def model_bytes(search: NearestNeighbours) -> int:
 
 def held_bytes(search: NearestNeighbours) -> int:
     """Return what a search holds in memory."""
-    own = [value for value in vars(search).values() if isinstance(value, torch.Tensor)]
+    parts = [
+        part for value in vars(search).values() for part in (vars(value).values() if is_dataclass(value) else [value])
+    ]
+    own = [part for part in parts if isinstance(part, torch.Tensor)]
     return sum(t.nbytes for t in own) if own else model_bytes(search) + 8 * search.num_rows_  # and where each row is
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import io
-import multiprocessing
 from collections.abc import Sequence
 
 import numpy as np
 import oracles
 import reference
 import torch
-from material import Material, alternating, timed
+from material import Material, alternating, in_own_process, timed
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from results import Row
@@ -87,12 +86,7 @@ def _coreset_row(
 
 def _extra_memory(points: torch.Tensor, percentage: float, threads: int) -> float:
     """Return the share of its points that the selection needs beside them, from the peak of a process of its own."""
-    context = multiprocessing.get_context("spawn")  # a forked process shares pages, which blurs the peak
-    with context.Pool(1) as pool:
-        extra_bytes = pool.apply(_peak_of_selection, (points.numpy(), percentage, threads))
-        pool.close()
-        pool.join()  # a process that is ended instead leaves semaphores behind, with a warning
-    return extra_bytes / points.numpy().nbytes
+    return in_own_process(_peak_of_selection, points.numpy(), percentage, threads) / points.numpy().nbytes
 
 
 def _peak_of_selection(points: np.ndarray, percentage: float, threads: int) -> float:

@@ -206,8 +206,8 @@ def test_metrics_of_scikit_learn_are_the_toolkits(load: Any) -> None:
         assert value == pytest.approx(ours[name], abs=1e-9), name
 
 
-FAST_GROUPS = ("calibration", "coreset", "embedding", "fit", "metrics", "pictures", "predict", "search")
-SLOW_GROUPS = ("coreset_large", "start")
+FAST_GROUPS = ("calibration", "coreset", "embedding", "fit", "metrics", "pictures", "search")
+SLOW_GROUPS = ("coreset_large", "predict", "start")
 
 
 @pytest.mark.parametrize("group", [*FAST_GROUPS, *(pytest.param(g, marks=pytest.mark.slow) for g in SLOW_GROUPS)])

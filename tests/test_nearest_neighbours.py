@@ -19,6 +19,7 @@ import torch
 from patchcore.errors import ConfigurationError, DataError
 from patchcore.memory import faiss_search, search, torch_search
 from patchcore.memory.faiss_search import FaissNN
+from patchcore.memory.flat_search import FlatNN
 from patchcore.memory.nearest_neighbours import NearestNeighbourScorer, build_nearest_neighbours
 from patchcore.memory.search import NearestNeighbours
 from patchcore.memory.torch_search import TorchNN
@@ -30,12 +31,16 @@ def make_torch() -> NearestNeighbours:
     return TorchNN(CPU)
 
 
+def make_flat() -> NearestNeighbours:
+    return FlatNN(CPU)
+
+
 def make_faiss() -> NearestNeighbours:
     pytest.importorskip("faiss")
     return FaissNN(num_workers=1)
 
 
-@pytest.fixture(params=[make_torch, make_faiss])
+@pytest.fixture(params=[make_torch, make_flat, make_faiss])
 def make_search(request: pytest.FixtureRequest) -> Callable[[], NearestNeighbours]:
     return request.param
 
@@ -345,18 +350,18 @@ def test_threads_are_cut_to_the_available_cores(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("num_gpus", "faiss_on_gpu", "workers", "device", "expected", "warnings"),
     [
-        (None, False, None, "cpu", TorchNN, 0),
+        (None, False, None, "cpu", FlatNN, 0),
         (None, False, 2, "cpu", FaissNN, 0),
-        (None, True, None, "cpu", TorchNN, 1),
+        (None, True, None, "cpu", FlatNN, 1),
         (None, True, 2, "cpu", FaissNN, 1),
-        (None, False, None, "cuda:1", TorchNN, 0),
-        (None, False, 2, "cuda:1", TorchNN, 1),
-        (None, True, None, "cuda:1", TorchNN, 1),
+        (None, False, None, "cuda:1", FlatNN, 0),
+        (None, False, 2, "cuda:1", FlatNN, 1),
+        (None, True, None, "cuda:1", FlatNN, 1),
         (2, False, 2, "cpu", FaissNN, 0),
         (2, True, None, "cpu", FaissNN, 0),
-        (2, False, None, "cuda:1", TorchNN, 0),
+        (2, False, None, "cuda:1", FlatNN, 0),
         (2, True, None, "cuda:1", FaissNN, 0),
-        (0, True, None, "cuda:1", TorchNN, 1),
+        (0, True, None, "cuda:1", FlatNN, 1),
     ],
 )
 def test_choice_of_search_with_faiss(
@@ -389,7 +394,7 @@ def test_without_faiss_torch_searches(
     uninstall_faiss(monkeypatch)
     with caplog.at_level(logging.WARNING):
         searches = [build_nearest_neighbours(faiss_on_gpu, 4, CPU) for _ in range(2)]
-    assert [type(search) for search in searches] == [TorchNN, TorchNN]
+    assert [type(search) for search in searches] == [FlatNN, FlatNN]
     assert len(caplog.records) == 1
     distances, _ = searches[0].fit(random_features(8, 3, 0)).search(random_features(2, 3, 1), 1)
     assert distances.shape == (2, 1)
@@ -404,7 +409,7 @@ def test_faiss_that_cannot_be_imported_is_reported_once(
     install(monkeypatch, "faiss-gpu-cu12")
     with caplog.at_level(logging.WARNING):
         searches = [build_nearest_neighbours(False, 4, CPU) for _ in range(2)]
-    assert [type(search) for search in searches] == [TorchNN, TorchNN]
+    assert [type(search) for search in searches] == [FlatNN, FlatNN]
     assert [record.getMessage() for record in caplog.records] == [
         "--faiss_num_workers: faiss-gpu-cu12 cannot be imported, searching with torch on cpu"
     ]

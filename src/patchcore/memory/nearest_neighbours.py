@@ -19,6 +19,7 @@ from patchcore.memory.faiss_search import (
     serialised_kind,
     warn_once,
 )
+from patchcore.memory.flat_search import FlatNN
 from patchcore.memory.search import MEMORY_BANK, NearestNeighbours, check_num_neighbours, stored_bank
 from patchcore.memory.torch_search import FP16_BANK, SQ8_BANK, EightBitNN, ProjectedNN, TorchNN
 from patchcore.runtime import available_cpus
@@ -123,14 +124,14 @@ def build_nearest_neighbours(
             warn_once(f"{option}: --index {index} searches with torch on {device}")
         return _TORCH_SEARCHES[index](device)
     if not wants_faiss:
-        return TorchNN(device)
+        return FlatNN(device)
     faiss = import_faiss()
     if faiss_on_gpu and faiss is not None and faiss_sees_gpu(faiss):
         return FaissNN(True, faiss_num_workers or available_cpus(), gpu_index=device.index or 0)
     if faiss_num_workers is not None and faiss is not None and device.type == "cpu":
         return FaissNN(faiss_on_gpu, faiss_num_workers)
     warn_once(f"{option}: {_what_is_missing(faiss)}, searching with torch on {device}")
-    return TorchNN(device)
+    return FlatNN(device)
 
 
 _TORCH_SEARCHES: dict[str, Callable[[torch.device], NearestNeighbours]] = {

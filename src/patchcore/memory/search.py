@@ -90,21 +90,29 @@ class NearestNeighbours(ABC):
                 f"found queries of shape {list(queries.shape)}, expected [Q, {self.dimension_}] to fit the bank: "
                 "extract them with the layers and dimensions of the model"
             )
+        return self._search_chunks(queries, k)
+
+    @torch.no_grad()
+    def _search_chunks(self, queries: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Search as `search` does, some queries at a time."""
         distances = torch.empty(len(queries), k, device=queries.device)
         indices = torch.empty(len(queries), k, dtype=torch.int64, device=queries.device)
         for start in range(0, len(queries), QUERY_CHUNK):
             rows = slice(start, start + QUERY_CHUNK)
             chunk = queries[rows].to(self.device, torch.float32)  # [q, D]
-            candidates = self._candidates(chunk, k)  # [q, at least k]
-            ordered, order = self.exact_distances(chunk, candidates).sort(dim=1)
-            distances[rows] = ordered[:, :k]
-            indices[rows] = candidates.gather(1, order[:, :k])
+            distances[rows], indices[rows] = self._nearest(chunk, k)
         return distances, indices
+
+    def _nearest(self, queries: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return distances, ascending, and bank rows [q, k] for queries [q, D]."""
+        candidates = self._candidates(queries, k)  # [q, at least k]
+        ordered, order = self.exact_distances(queries, candidates).sort(dim=1)
+        return ordered[:, :k], candidates.gather(1, order[:, :k])
 
     def exact_distances(self, queries: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         """Return the distances [q, k] of queries [q, D] to the bank rows [q, k], by subtraction."""
         columns = [
-            torch.linalg.vector_norm(queries - self.rows(column), dim=1)
+            torch.linalg.vector_norm(self.rows(column).sub_(queries), dim=1)
             for column in indices.unbind(dim=1)  # one neighbour at a time: [q, D] of memory, not [q, k, D]
         ]
         return torch.stack(columns, dim=1)
@@ -115,7 +123,7 @@ class NearestNeighbours(ABC):
 
     @abstractmethod
     def rows(self, numbers: torch.Tensor) -> torch.Tensor:
-        """Return the bank rows [n, D] float32 of these numbers [n], as far as the search has kept their digits."""
+        """Return a copy [n, D] float32 of the bank rows of these numbers [n], as far as their digits were kept."""
 
     @abstractmethod
     def tensors(self) -> dict[str, torch.Tensor]:

@@ -9,11 +9,13 @@ import torch
 from patchcore.detector import require_tensor
 from patchcore.errors import ConfigurationError, DataError
 from patchcore.memory.search import MEMORY_BANK, NearestNeighbours, stored_bank
+from patchcore.runtime import in_parts
 
 # With QUERY_CHUNK: 30 MiB of ranking values at a time. Blocks above 32 MiB are new memory each time with glibc, and
 # touching that takes as long as the product with few dimensions that fills it.
 BANK_CHUNK = 8192
 COLUMNS_PER_GROUP = 32
+QUERIES_IN_PARTS_FROM = 256
 VARIANCE_SHARE = 0.9  # of the bank, that the principal directions keep
 SAMPLE_ROWS = 4096  # of the bank, that the directions are learned from
 PROJECTED_ROWS_AT_LEAST = 2048  # below, the product that is saved takes less time than the re-ranking that is added
@@ -49,7 +51,7 @@ class TorchNN(NearestNeighbours):
         return self._decoded(slice(None))
 
     def rows(self, numbers: torch.Tensor) -> torch.Tensor:
-        return self.bank_[numbers].float()
+        return self.bank_.index_select(0, numbers).float()
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return {self.stored_name: self.bank_}
@@ -80,6 +82,14 @@ class TorchNN(NearestNeighbours):
     def _decoded(self, rows: slice) -> torch.Tensor:
         """Return a part of the bank in float32; without a copy where it is kept so."""
         return self.bank_[rows].float()
+
+    def _search_chunks(self, queries: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        # Alone, threads take a little longer with a part of the queries each than together with all of them. While
+        # others decode images, they take a tenth less: none waits for one that had to share its core.
+        if len(queries) < QUERIES_IN_PARTS_FROM:
+            return super()._search_chunks(queries, k)
+        found = in_parts(lambda part: super(TorchNN, self)._search_chunks(part, k), self.device, queries)
+        return torch.cat([distances for distances, _ in found]), torch.cat([rows for _, rows in found])
 
     def _candidates(self, queries: torch.Tensor, k: int) -> torch.Tensor:
         # Distances do not change when both sides move by the bank's mean, and the products get smaller.
@@ -180,7 +190,7 @@ class EightBitNN(TorchNN):
     scale_: torch.Tensor
 
     def rows(self, numbers: torch.Tensor) -> torch.Tensor:
-        return self._values(self.bank_[numbers])
+        return self._values(self.bank_.index_select(0, numbers))
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return {SQ8_BANK: self.bank_, SQ8_SCALE: self.scale_}
@@ -237,13 +247,33 @@ def smallest_of_rows(values: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.
     if num_groups <= 2 * k:
         return values.topk(k, dim=1, largest=False, sorted=False)
     grouped = num_groups * COLUMNS_PER_GROUP
-    # Column c is in group c % num_groups: neighbouring columns are in different groups, which vectorises the minimum.
-    minima = values[:, :grouped].unflatten(1, (COLUMNS_PER_GROUP, num_groups)).amin(dim=1)  # [q, groups]
+    smallest, columns = smallest_of_groups(values, group_minima(values[:, :grouped]), k)
+    if grouped == values.shape[1]:
+        return smallest, columns
+    rest = torch.arange(grouped, values.shape[1], device=values.device).expand(len(values), -1)
+    columns = torch.cat([columns, rest], dim=1)
+    smallest, positions = values.gather(1, columns).topk(k, dim=1, largest=False, sorted=False)
+    return smallest, columns.gather(1, positions)
+
+
+def group_minima(values: torch.Tensor) -> torch.Tensor:
+    """Return the minimum [q, g] of each group of COLUMNS_PER_GROUP columns of values [q, COLUMNS_PER_GROUP * g].
+
+    Column c is in group c % g: neighbouring columns are in different groups, which vectorises the minimum.
+    """
+    return values.unflatten(1, (COLUMNS_PER_GROUP, -1)).amin(dim=1)
+
+
+def smallest_of_groups(values: torch.Tensor, minima: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Find the k smallest values of each row, given the minima [q, g] of groups of its columns, k <= g.
+
+    Returns:
+        Values and columns [q, k], in any order.
+    """
+    num_groups = minima.shape[1]
     groups = minima.topk(k, dim=1, largest=False, sorted=False).indices  # [q, k]
     offsets = torch.arange(COLUMNS_PER_GROUP, device=values.device) * num_groups
     columns = (groups[:, :, None] + offsets).flatten(1)  # [q, k * COLUMNS_PER_GROUP]
-    rest = torch.arange(grouped, values.shape[1], device=values.device).expand(len(values), -1)
-    columns = torch.cat([columns, rest], dim=1)
     smallest, positions = values.gather(1, columns).topk(k, dim=1, largest=False, sorted=False)
     return smallest, columns.gather(1, positions)
 
