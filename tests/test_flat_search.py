@@ -76,13 +76,13 @@ def test_bounds_leave_few_distances_to_compute(monkeypatch: pytest.MonkeyPatch) 
     """And where they do not, the search says so."""
     bank, queries = gaussian(2000, 0), gaussian(100, 1)
     computed: list[int] = []
-    pair_distances = FlatNN._pair_distances
+    pair_distances = FlatNN.pair_distances
 
     def counted(self: FlatNN, queries: torch.Tensor, of_query: torch.Tensor, members: torch.Tensor) -> torch.Tensor:
         computed.append(len(members))
         return pair_distances(self, queries, of_query, members)
 
-    monkeypatch.setattr(FlatNN, "_pair_distances", counted)
+    monkeypatch.setattr(FlatNN, "pair_distances", counted)
     search = FlatNN(CPU).fit(bank)
     assert isinstance(search, FlatNN) and search.codes_ is not None
     search.search(queries, 1)

@@ -14,14 +14,20 @@ from patchcore.memory.int8_products import (
     int8_products_are_fast_and_exact,
     joined,
 )
-from patchcore.memory.torch_search import BANK_CHUNK, COLUMNS_PER_GROUP, TorchNN, group_minima, smallest_of_groups
+from patchcore.memory.torch_search import (
+    BANK_CHUNK,
+    COLUMNS_PER_GROUP,
+    TorchNN,
+    group_minima,
+    merged,
+    smallest_of_groups,
+)
 
 # Of the bank, for each neighbour sought and one more: below, the float32 product takes less time than what follows.
 CODED_ROWS_PER_NEIGHBOUR = 512
 CODED_BLOCK = 1024  # rows of the bank per product: what is done to the products finds them in the cache
 MAX_CODED_K = 16
 MAX_PAIRS_PER_QUERY = 32  # distances by subtraction that take as long as one float32 product with a chunk of the bank
-PAIRS_AT_ONCE = 512  # 2 MB of rows with 1,024 values
 # Relative to (|x| + |y|)^2: float32 errors of norms, products and distances stay below a tenth of it.
 ROUNDING = 1e-5
 
@@ -89,8 +95,8 @@ class FlatNN(TorchNN):
             if len(members) > MAX_PAIRS_PER_QUERY * len(queries):
                 return None
             members += chunk.start
-            exact = self._pair_distances(queries, of_query, members)
-            distances, rows = _merged(distances, rows, of_query, members, exact, k)
+            exact = self.pair_distances(queries, of_query, members)
+            distances, rows = merged(distances, rows, of_query, members, exact, k)
         return distances, rows
 
     def _code_distances(self, queries: Codes, bank: Codes, chunk: slice, memory: torch.Tensor) -> torch.Tensor:
@@ -116,11 +122,6 @@ class FlatNN(TorchNN):
             torch.addcmul(bank.squared_norms[block], products, bank.steps[block], value=-2, out=into)
         return values
 
-    def _pair_distances(self, queries: torch.Tensor, of_query: torch.Tensor, members: torch.Tensor) -> torch.Tensor:
-        """Return the distance [p] of query `of_query` [p] to bank row `members` [p], by subtraction."""
-        parts = zip(of_query.split(PAIRS_AT_ONCE), members.split(PAIRS_AT_ONCE), strict=True)
-        return torch.cat([self.exact_distances(queries[q], m[:, None])[:, 0] for q, m in parts])
-
 
 def even_chunks(num_rows: int, at_most: int) -> Iterator[slice]:
     """Yield slices of about the same length that cover all rows."""
@@ -140,32 +141,3 @@ def _at_most(values: torch.Tensor, minima: torch.Tensor, limits: torch.Tensor) -
     columns = group[:, None] + offsets  # [groups found, COLUMNS_PER_GROUP]
     found = values[in_row[:, None], columns] <= limits[in_row, None]
     return in_row[:, None].expand_as(columns)[found], columns[found]
-
-
-def _merged(
-    distances: torch.Tensor,
-    rows: torch.Tensor,
-    of_query: torch.Tensor,
-    members: torch.Tensor,
-    exact: torch.Tensor,
-    k: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the k nearest, ascending, of those known and of further pairs.
-
-    Args:
-        distances: [q, n], of those known.
-        rows: int64 [q, n], which they are.
-        of_query: int64 [p], ascending, the query of each pair.
-        members: int64 [p], the bank row.
-        exact: [p], their distance.
-        k: How many, at most n.
-    """
-    num_queries = len(distances)
-    counts = torch.bincount(of_query, minlength=num_queries)
-    firsts = counts.cumsum(dim=0) - counts
-    places = torch.arange(len(of_query)) - firsts[of_query]  # [p], of a pair among those of its query
-    shape = num_queries, int(counts.max())
-    more_distances, more_rows = distances.new_full(shape, torch.inf), rows.new_zeros(shape)
-    more_distances[of_query, places], more_rows[of_query, places] = exact, members
-    nearest = torch.cat([distances, more_distances], dim=1).topk(k, dim=1, largest=False)  # sorted
-    return nearest.values, torch.cat([rows, more_rows], dim=1).gather(1, nearest.indices)

@@ -276,7 +276,10 @@ class _LazyDistances:
         """Return the largest distance but `rank`, of the distances as they are."""
         if rank == len(self._distances):
             return -math.inf
-        return float(self._distances.topk(rank + 1).values[-1])
+        if self._distances.device.type != "cpu":
+            return float(self._distances.topk(rank + 1).values[-1])
+        place = len(self._distances) - rank - 1
+        return float(np.partition(self._distances.numpy(), place)[place])  # a copy; topk holds four times as much
 
     def _update_from(self, level: float) -> None:
         """Make the points at this distance or farther know all picks."""

@@ -11,6 +11,7 @@ from patchcore.detector import require_tensor
 from patchcore.errors import ConfigurationError, DataError
 
 QUERY_CHUNK = 960
+PAIRS_AT_ONCE = 512  # 2 MB of rows with 1,024 values
 MEMORY_BANK = "memory_bank"  # name of the stored bank among the tensors of a model
 
 
@@ -116,6 +117,11 @@ class NearestNeighbours(ABC):
             for column in indices.unbind(dim=1)  # one neighbour at a time: [q, D] of memory, not [q, k, D]
         ]
         return torch.stack(columns, dim=1)
+
+    def pair_distances(self, queries: torch.Tensor, of_query: torch.Tensor, members: torch.Tensor) -> torch.Tensor:
+        """Return the distance [p] of query `of_query` [p] to bank row `members` [p], by subtraction."""
+        parts = zip(of_query.split(PAIRS_AT_ONCE), members.split(PAIRS_AT_ONCE), strict=True)
+        return torch.cat([self.exact_distances(queries[q], m[:, None])[:, 0] for q, m in parts])
 
     def whole_bank(self) -> torch.Tensor:
         """Return the bank [M, D] float32, as far as the search has kept its digits; without a copy where it has all."""

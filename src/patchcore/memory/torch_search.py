@@ -93,10 +93,10 @@ class TorchNN(NearestNeighbours):
 
     def _candidates(self, queries: torch.Tensor, k: int) -> torch.Tensor:
         # Distances do not change when both sides move by the bank's mean, and the products get smaller.
-        return self._lowest(queries - self.centre_, k)
+        return self._lowest(queries - self.centre_, k)[1]
 
-    def _lowest(self, keys: torch.Tensor, k: int) -> torch.Tensor:
-        """Return the bank rows [q, k] whose squared norm less twice the product with the keys [q, R] is lowest.
+    def _lowest(self, keys: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return where a row's squared norm less twice its product with the keys [q, R] is lowest: values, rows [q, k].
 
         With the mean m: |q - b|^2 = |b - m|^2 - 2 (q - m).b + terms that depend on q alone. Leaving those out
         changes no ranking, and taking b instead of b - m in the product spares a centred copy of the bank.
@@ -113,9 +113,9 @@ class TorchNN(NearestNeighbours):
             values.append(smallest)
             indices.append(columns + start)
         if len(indices) == 1:
-            return indices[0]
-        best = torch.cat(values, dim=1).topk(k, dim=1, largest=False, sorted=False).indices  # [q, k]
-        return torch.cat(indices, dim=1).gather(1, best)
+            return values[0], indices[0]
+        lowest, best = torch.cat(values, dim=1).topk(k, dim=1, largest=False, sorted=False)  # [q, k]
+        return lowest, torch.cat(indices, dim=1).gather(1, best)
 
     def _bank_keys(self, rows: slice) -> torch.Tensor:
         """Return what the keys of queries are multiplied with, float32 [b, R]."""
@@ -159,10 +159,21 @@ class ProjectedNN(TorchNN):
             rows = slice(start, start + BANK_CHUNK)
             self.keys_[rows] = self._keys(self.bank_[rows], self.directions_, RESIDUAL_COSINE)
 
-    def _candidates(self, queries: torch.Tensor, k: int) -> torch.Tensor:
+    def _nearest(self, queries: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         if self.directions_ is None:
-            return super()._candidates(queries, k)
-        return self._lowest(self._keys(queries, self.directions_, 1.0), min(num_reranked(k), len(self.bank_)))
+            return super()._nearest(queries, k)
+        keys = self._keys(queries, self.directions_, 1.0)
+        values, candidates = self._lowest(keys, min(num_reranked(k), len(self.bank_)))  # [q, n]
+        values, order = values.sort(dim=1)
+        candidates = candidates.gather(1, order)
+        distances = self.exact_distances(queries, candidates[:, :k])
+        # With 1 for the cosine the same sum is a lower bound: most of the other candidates cannot be nearer.
+        residuals = keys[:, -1:] * self.keys_[:, -1][candidates]  # RESIDUAL_COSINE |q'| |b'|
+        bounds = values + keys.square().sum(dim=1, keepdim=True) - 2 * (1 / RESIDUAL_COSINE - 1) * residuals
+        of_query, places = (bounds[:, k:] < distances.amax(dim=1, keepdim=True).square()).nonzero().unbind(dim=1)
+        members = candidates[of_query, k + places]
+        exact = self.pair_distances(queries, of_query, members)
+        return merged(distances, candidates[:, :k], of_query, members, exact, k)
 
     def _keys(self, rows: torch.Tensor, directions: torch.Tensor, weight: float) -> torch.Tensor:
         """Return [n, R]: coordinates of rows [n, D] along the directions, and the weighted norm of what is left."""
@@ -276,6 +287,35 @@ def smallest_of_groups(values: torch.Tensor, minima: torch.Tensor, k: int) -> tu
     columns = (groups[:, :, None] + offsets).flatten(1)  # [q, k * COLUMNS_PER_GROUP]
     smallest, positions = values.gather(1, columns).topk(k, dim=1, largest=False, sorted=False)
     return smallest, columns.gather(1, positions)
+
+
+def merged(
+    distances: torch.Tensor,
+    rows: torch.Tensor,
+    of_query: torch.Tensor,
+    members: torch.Tensor,
+    exact: torch.Tensor,
+    k: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the k nearest, ascending, of those known and of further pairs.
+
+    Args:
+        distances: [q, n], of those known.
+        rows: int64 [q, n], which they are.
+        of_query: int64 [p], ascending, the query of each pair.
+        members: int64 [p], the bank row.
+        exact: [p], their distance.
+        k: How many, at most n.
+    """
+    num_queries = len(distances)
+    counts = torch.bincount(of_query, minlength=num_queries)
+    firsts = counts.cumsum(dim=0) - counts
+    places = torch.arange(len(of_query)) - firsts[of_query]  # [p], of a pair among those of its query
+    shape = num_queries, int(counts.max())
+    more_distances, more_rows = distances.new_full(shape, torch.inf), rows.new_zeros(shape)
+    more_distances[of_query, places], more_rows[of_query, places] = exact, members
+    nearest = torch.cat([distances, more_distances], dim=1).topk(k, dim=1, largest=False)  # sorted
+    return nearest.values, torch.cat([rows, more_rows], dim=1).gather(1, nearest.indices)
 
 
 def num_reranked(k: int) -> int:
