@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from patchcore.cli.grammar import EXIT_FAILED, OneLineErrors, announce
+from patchcore.cli.grammar import EXIT_FAILED, OneLineErrors, announce, quiet_libraries
 from patchcore.runtime import log_to_console
 
 METHODS_HELP = (
@@ -37,6 +37,7 @@ def compare_results(
     Exit code 1: a class of a run was not finished, or its files are damaged, and it is left out.
     """
     log_to_console()
+    quiet_libraries()
     from patchcore.comparison.compare import ComparisonOptions
     from patchcore.comparison.compare import compare_results as write_comparison
 
