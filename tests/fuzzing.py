@@ -165,7 +165,7 @@ def require_clear(done: Finished, codes: Collection[int] = (0, 1, 2)) -> None:
     if done.code == 2:
         require_refused(done)
     elif done.code:
-        assert "error" in done.out + done.err, (done.out, done.err)
+        assert done.err.strip() or "error" in done.out, "it failed and says nothing"
         assert "Error: " not in done.err, done.err  # the name of an exception: a failure that nobody has foreseen
 
 

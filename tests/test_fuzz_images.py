@@ -30,7 +30,7 @@ from patchcore.errors import DataError
 
 pytestmark = pytest.mark.slow
 
-CASES = Cases(at_least=330)
+CASES = Cases(at_least=550)
 
 HEIGHT, WIDTH = 18, 27
 READERS: tuple[Callable[[Path], object], ...] = (read_image, read_image_and_form, read_mask, upright_size)

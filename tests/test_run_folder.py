@@ -200,7 +200,15 @@ def test_a_record_comes_back_as_it_was(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    ["", "[]", "{", "null", '{"row_name": 3}', '{"row_name": "a", "metrics": {}, "by_defect": [], "timings": {}}'],
+    [
+        "",
+        "[]",
+        "{",
+        "[" * 200_000,
+        "null",
+        '{"row_name": 3}',
+        '{"row_name": "a", "metrics": {}, "by_defect": [], "timings": {}}',
+    ],
 )
 def test_a_damaged_record_is_refused_by_name(content: str, tmp_path: Path) -> None:
     path = run_folder.class_result_path(tmp_path, "a")
@@ -313,7 +321,7 @@ def test_another_configuration_is_refused_with_the_differences(data: Path, whole
     assert not (project / "s_S5").exists()
 
 
-@pytest.mark.parametrize("content", [None, "not json", "[]", '{"other": 1}'])
+@pytest.mark.parametrize("content", [None, "not json", "[" * 200_000, "[]", '{"other": 1}'])
 def test_a_folder_that_is_no_run_is_left_alone(content: str | None, data: Path, tmp_path: Path) -> None:
     folder = tmp_path / "project" / "g"
     folder.mkdir(parents=True)
