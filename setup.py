@@ -22,6 +22,7 @@ WEB = ["gradio>=6.31"]  # as of 6.31, it takes Pillow 12 at most
 NOTEBOOKS = ["ipykernel>=6.29", "nbclient>=0.10", "nbformat>=5.10"]
 BROWSER = ["selenium>=4.20"]
 DEV = [
+    "hypothesis>=6.100",
     "mypy>=1.11",
     "oxlint>=1.50",
     "pytest-xdist>=3.6",

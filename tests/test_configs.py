@@ -210,6 +210,10 @@ def test_whole_numbers_are_accepted_as_float_and_null_where_optional() -> None:
     assert from_dict(RuntimeConfig, {"threads": None}).threads is None
 
 
+def test_a_whole_number_beyond_all_floats_is_refused() -> None:
+    assert "larger than any float" in refused(SamplerConfig, {"percentage": 10**400})
+
+
 def test_values_from_json_are_validated_as_well() -> None:
     assert "percentage is 2.0" in refused(SamplerConfig, {"percentage": 2})
     assert "is inf" in refused(SamplerConfig, {"percentage": json.loads("1e999")})

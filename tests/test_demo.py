@@ -347,6 +347,8 @@ def test_leftover_of_a_killed_run_does_no_harm(tmp_path: Path, monkeypatch: pyte
     ("changes", "message"),
     [
         ({"image_size_px": 63}, "--size is 63, expected at least 64"),
+        ({"image_size_px": 10**30}, "expected at most 4096"),
+        ({"num_train": 10**30}, "expected at most 100000"),
         ({"num_train": 0}, "num_train is 0, expected at least 1"),
         ({"num_test_good": -1}, "num_test_good is -1, expected at least 0"),
         ({"num_test_defect": -1}, "num_test_defect is -1, expected at least 0"),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
 import struct
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ import pytest
 from PIL import Image
 from torchvision import transforms
 
+from patchcore.cli.grammar import quiet_libraries
 from patchcore.configs import RESIZE_MODES, PreprocessingConfig
 from patchcore.datasets.images import (
     EXIF_ORIENTATION,
@@ -353,6 +356,25 @@ def test_missing_file_is_named_once(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="No such file") as caught:
         read_image(tmp_path / "link.png")
     assert str(caught.value).count("link.png") == 1
+
+
+@pytest.mark.parametrize("read", [read_image, read_mask, upright_size])
+def test_a_pipe_keeps_nobody_waiting(tmp_path: Path, read: Callable[[Path], object]) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link.png").symlink_to(tmp_path / "pipe")
+    with pytest.raises(DataError, match="a pipe or a device"):
+        read(tmp_path / "link.png")
+
+
+def test_commands_show_no_warnings_of_pillow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 60 * 90 - 1)
+    Image.fromarray(gradient(60, 90)).save(tmp_path / "large.png")
+    with pytest.warns(Image.DecompressionBombWarning):
+        read_image(tmp_path / "large.png")
+    with warnings.catch_warnings(record=True) as shown:
+        quiet_libraries()
+        assert read_image(tmp_path / "large.png").size == (90, 60)
+    assert not shown
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".bmp", ".tif", ".webp"])

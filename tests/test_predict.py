@@ -530,6 +530,8 @@ def test_wrong_arguments(model: Path, images: Path, tmp_path: Path) -> None:
         ((model, images, "--roi", tmp_path / "black.png", *write_nothing), "black everywhere"),
         ((model, images, "--mm_per_px", "0", *write_nothing), "--mm_per_px"),
         ((model, images, "--mm_per_px", "nan", *write_nothing), "--mm_per_px"),
+        ((model, images, "--mm_per_px", "1e300", *write_nothing), "--mm_per_px"),
+        ((model, images, "--patience", "nan", *write_nothing), "--patience"),
         ((model, images, "--batch_size", "0", *write_nothing), "--batch_size"),
         ((model, images, "--num_workers", "0", *write_nothing), "--num_workers"),
         ((model, images, "--watch", "--json"), "type --out"),

@@ -76,13 +76,14 @@ def test_the_larger_siblings_of_the_offline_backbone_take_its_values_over(larger
     ("content", "message"),
     [
         ("{", "cannot be read"),
+        ("[" * 200_000, "cannot be read"),
         ([], "found list, expected an object"),
         ({"resnet18": 3}, "resnet18: found int"),
         ({"resnet18": {"default": {"lr": 1e-3}}}, "source is None, expected one of"),
         (entry(learning_rate=1e-3), "resnet18.default: unknown name 'learning_rate'"),
         (entry(epoch=3), "did you mean epochs"),
         (entry(epochs="many"), "epochs: found 'many', expected int"),
-        (entry(epochs=0), "--epochs is 0"),
+        (entry(epochs=0), "presets.json: resnet18.default: --epochs is 0"),
         (entry(backbone="resnet50"), "unknown name 'backbone'"),
     ],
 )

@@ -123,6 +123,16 @@ def test_csv_keeps_bytes_that_are_no_text_and_quotes_what_needs_it(tmp_path: Pat
     assert (tmp_path / "t.csv").read_bytes() == b'a,b\n"x,y",\xff\n'
 
 
+def test_numbers_are_no_formulas_and_rows_have_the_cells_of_the_header(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    files.write_csv(path, ["-0.5", "=a"], [["-3", "+1e-05"], ["-1.5.2", "-"]])
+    assert path.read_text(encoding="utf-8") == "-0.5,'=a\n-3,+1e-05\n'-1.5.2,'-\n"
+    assert files.read_csv(path)[1] == {"-0.5": "-1.5.2", "=a": "-"}
+    path.write_text("a,b\n1\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="line 2 has 1 cells, expected 2"):
+        files.read_csv(path)
+
+
 # ---------------------------------------------------------------- tables
 
 
@@ -190,7 +200,15 @@ def test_a_record_comes_back_as_it_was(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    ["", "[]", "{", "null", '{"row_name": 3}', '{"row_name": "a", "metrics": {}, "by_defect": [], "timings": {}}'],
+    [
+        "",
+        "[]",
+        "{",
+        "[" * 200_000,
+        "null",
+        '{"row_name": 3}',
+        '{"row_name": "a", "metrics": {}, "by_defect": [], "timings": {}}',
+    ],
 )
 def test_a_damaged_record_is_refused_by_name(content: str, tmp_path: Path) -> None:
     path = run_folder.class_result_path(tmp_path, "a")
@@ -200,12 +218,17 @@ def test_a_damaged_record_is_refused_by_name(content: str, tmp_path: Path) -> No
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["a\rb", "a\nb", "a\r\nb", "\r", 'a"b,c', " a", "caf\udce9"])
+@pytest.mark.parametrize(
+    "name", ["a\rb", "a\nb", "a\r\nb", "\r", 'a"b,c', " a", "caf\udce9", "=1+1", "'@a", "''-a", "'a"]
+)
 def test_a_cell_of_any_name_is_read_back_from_its_row(name: str, tmp_path: Path) -> None:
     path = tmp_path / "names.csv"
     files.write_csv(path, ["path", "score"], [[name, "1"], ["next", "2"]])
+    assert files.read_csv(path) == [{"path": name, "score": "1"}, {"path": "next", "score": "2"}]
     with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
-        assert list(csv.reader(file)) == [["path", "score"], [name, "1"], ["next", "2"]]
+        header, (cell, _), following = csv.reader(file)
+    is_formula = name.lstrip("'")[0] in "=@-\r"
+    assert (header, cell, following) == (["path", "score"], "'" * is_formula + name, ["next", "2"])
     assert path.read_bytes().endswith(b"\nnext,2\n") and b"\r\nnext" not in path.read_bytes()
 
 
@@ -298,7 +321,7 @@ def test_another_configuration_is_refused_with_the_differences(data: Path, whole
     assert not (project / "s_S5").exists()
 
 
-@pytest.mark.parametrize("content", [None, "not json", "[]", '{"other": 1}'])
+@pytest.mark.parametrize("content", [None, "not json", "[" * 200_000, "[]", '{"other": 1}'])
 def test_a_folder_that_is_no_run_is_left_alone(content: str | None, data: Path, tmp_path: Path) -> None:
     folder = tmp_path / "project" / "g"
     folder.mkdir(parents=True)

@@ -278,6 +278,14 @@ def test_log_takes_file_names_that_are_not_utf8(
     assert shown.getvalue() == b"reading cl\\udce4ss.png\n"
 
 
+def test_a_name_with_line_ends_stays_one_line(
+    toolkit_logger: logging.Logger, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log_to_console()
+    LOGGER.warning("%s failed", "a\nb\u2028c")
+    assert capsys.readouterr().err == "warning: a b c failed\n"
+
+
 def test_peak_memory_sees_a_large_array() -> None:
     runtime.reset_peak_memory()
     before = runtime.peak_memory_megabytes()

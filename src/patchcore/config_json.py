@@ -72,7 +72,10 @@ def _typed(hint: Any, value: object, where: str) -> Any:
     if hint is Any:
         return value
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError as error:
+            raise ConfigurationError(f"{where}: found {str(value)[:9]}..., larger than any float") from error
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise ConfigurationError(f"{where}: found {value!r}, expected {hint.__name__}")
     return value

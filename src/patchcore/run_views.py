@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from patchcore.errors import ConfigurationError, DataError
 from patchcore.evaluation.plots.pictures import picture_names
 from patchcore.evaluation.report import text_table
+from patchcore.storage.files import read_csv
 from patchcore.storage.run_folder import ROW_NAMES, load_class_result
 
 LOGGER = logging.getLogger(__name__)
@@ -103,9 +104,8 @@ def _short(figure: str) -> str:
 
 def _rows(path: Path) -> list[dict[str, str]]:
     try:
-        with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
-            return list(csv.DictReader(file))
-    except (OSError, csv.Error) as error:
+        return read_csv(path)
+    except (OSError, ValueError, csv.Error) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigurationError(
             f"{path} cannot be read ({reason}): name the folder of a run that has ended"

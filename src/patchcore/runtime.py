@@ -97,7 +97,7 @@ class _ConsoleHandler(logging.Handler):
 
         prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
         with suppress(BrokenPipeError):  # nobody reads it any more: no reason to stop the work
-            tqdm.write(f"{prefix}{record.getMessage()}", file=sys.stderr)
+            tqdm.write(prefix + " ".join(record.getMessage().splitlines()), file=sys.stderr)  # names may hold line ends
 
 
 def log_to_console() -> None:

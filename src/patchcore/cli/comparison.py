@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from patchcore.cli.grammar import EXIT_FAILED, OneLineErrors, announce
+from patchcore.cli.grammar import EXIT_FAILED, OneLineErrors, announce, quiet_libraries
+from patchcore.cli.steps import not_empty
 from patchcore.runtime import log_to_console
 
 METHODS_HELP = (
@@ -18,7 +19,12 @@ METHODS_HELP = (
 
 @click.command("compare_results", cls=OneLineErrors, epilog=METHODS_HELP)
 @click.argument("run_folders", nargs=-1, required=True)
-@click.option("--out", required=True, help="Folder of the tables and plots; its own earlier files are replaced.")
+@click.option(
+    "--out",
+    required=True,
+    callback=not_empty,
+    help="Folder of the tables and plots; its own earlier files are replaced.",
+)
 @click.option("--published", is_flag=True, help="Put published numbers of the same classes beside the measured ones.")
 @click.option(
     "--intersect", is_flag=True, help="Compare on the test images that all runs have, if they have different ones."
@@ -37,6 +43,7 @@ def compare_results(
     Exit code 1: a class of a run was not finished, or its files are damaged, and it is left out.
     """
     log_to_console()
+    quiet_libraries()
     from patchcore.comparison.compare import ComparisonOptions
     from patchcore.comparison.compare import compare_results as write_comparison
 
@@ -48,7 +55,10 @@ def compare_results(
 @click.command("fewshot_curve", cls=OneLineErrors)
 @click.argument("run_folders", nargs=-1, required=True)
 @click.option(
-    "--out", required=True, help="Folder of fewshot.csv, fewshot.md and fewshot_curve.png, which it replaces."
+    "--out",
+    required=True,
+    callback=not_empty,
+    help="Folder of fewshot.csv, fewshot.md and fewshot_curve.png, which it replaces.",
 )
 def fewshot_curve(run_folders: tuple[str, ...], out: str) -> int:
     """Table and curve over the number of training images: RUN_FOLDERS differ in --limit_train and --seed alone."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from patchcore.cli.grammar import EXIT_FAILED, OneLineErrors, announce, quiet_libraries
-from patchcore.cli.steps import CATEGORIES_OPTION, DATASET_ARGUMENTS, PREPROCESSING_OPTIONS, with_options
+from patchcore.cli.steps import CATEGORIES_OPTION, DATASET_ARGUMENTS, PREPROCESSING_OPTIONS, not_empty, with_options
 from patchcore.configs import DatasetConfig, PreprocessingConfig
 from patchcore.runtime import log_to_console
 
@@ -15,7 +15,9 @@ from patchcore.runtime import log_to_console
 @click.command("explore_dataset", cls=OneLineErrors)
 @with_options(
     *DATASET_ARGUMENTS,
-    click.option("--out", required=True, help="Folder of the files; those of the same name are replaced."),
+    click.option(
+        "--out", required=True, callback=not_empty, help="Folder of the files; those of the same name are replaced."
+    ),
     CATEGORIES_OPTION,
     *PREPROCESSING_OPTIONS,
 )

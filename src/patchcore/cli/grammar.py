@@ -18,6 +18,7 @@ import io
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -326,4 +327,5 @@ def quiet_libraries() -> None:
     """Keep third-party chatter, which no user can act on, away from the terminal."""
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
     logging.getLogger("timm").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # of oddities in files that it reads all the same
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its own name for it: it sets its logger when imported

@@ -7,8 +7,8 @@ from pathlib import Path
 import click
 
 from patchcore.cli.grammar import EXIT_FAILED, OneLineErrors, announce, quiet_libraries
-from patchcore.cli.steps import PRECISION_OPTION, RUNTIME_OPTIONS, with_options
-from patchcore.configs import RuntimeConfig
+from patchcore.cli.steps import PRECISION_OPTION, RUNTIME_OPTIONS, not_empty, with_options
+from patchcore.configs import RuntimeConfig, require_positive
 from patchcore.runtime import log_to_console
 
 EXIT_DEFECT = 3
@@ -18,7 +18,9 @@ EXIT_DEFECT = 3
 @with_options(
     click.argument("model_folder"),
     click.argument("inputs", metavar="IMAGE_OR_FOLDER...", nargs=-1, required=True),
-    click.option("--out", default=None, help="Folder of the outputs; needed unless --json is typed."),
+    click.option(
+        "--out", default=None, callback=not_empty, help="Folder of the outputs; needed unless --json is typed."
+    ),
     click.option("--overlays/--no_overlays", default=True, help="Images with a line around defects, overlays/."),
     click.option("--masks/--no_masks", default=True, help="Black and white masks of the defects, masks/."),
     click.option(
@@ -78,6 +80,7 @@ def predict(
     """
     if out is None and not as_json:
         raise click.UsageError("nothing would be left of the results: type --out FOLDER, or --json, or both")
+    require_positive("--patience", patience)
     log_to_console()
     quiet_libraries()
     from patchcore.inference.outputs import OutputChoice

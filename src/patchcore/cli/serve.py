@@ -8,6 +8,7 @@ import click
 
 from patchcore.cli.grammar import OneLineErrors, announce, quiet_libraries
 from patchcore.cli.steps import RUNTIME_OPTIONS, with_options
+from patchcore.configs import RuntimeConfig
 from patchcore.runtime import log_to_console, resolve_device, set_threads
 
 PORT = 7860
@@ -24,12 +25,13 @@ def serve_demo(model_folder: str, port: int, gpus: tuple[int, ...], device: str,
 
     The page is for this machine alone, asks nothing of any other, and keeps no image after its end (Ctrl-C).
     """
+    runtime = RuntimeConfig(device, gpus, threads)
     log_to_console()
     quiet_libraries()
     from patchcore.web import serve_demo as serve_page
 
-    set_threads(threads)
+    set_threads(runtime.threads)
     try:
-        serve_page(Path(model_folder), port, resolve_device(device, gpus), announce)
+        serve_page(Path(model_folder), port, resolve_device(runtime.device, runtime.gpus), announce)
     except KeyboardInterrupt:  # how it ends
         announce("ended")

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from patchcore.cli.grammar import EXIT_FAILED, OneLineErrors, announce, quiet_libraries
-from patchcore.cli.steps import PRECISION_OPTION, RUNTIME_OPTIONS, with_options
+from patchcore.cli.steps import PRECISION_OPTION, RUNTIME_OPTIONS, not_empty, with_options
 from patchcore.configs import RuntimeConfig, require_at_least
 from patchcore.configs.thresholds import ThresholdRule
 from patchcore.errors import DataError
@@ -21,7 +21,12 @@ LOGGER = logging.getLogger(__name__)
 @with_options(
     click.argument("model_folder"),
     click.argument("inputs", metavar="IMAGE_OR_FOLDER...", nargs=-1, required=True),
-    click.option("--out", default=None, help="New folder for the new model; MODEL_FOLDER is replaced if left out."),
+    click.option(
+        "--out",
+        default=None,
+        callback=not_empty,
+        help="New folder for the new model; MODEL_FOLDER is replaced if left out.",
+    ),
     click.option("--threshold_rule", default=None, help="mean3std or quantile:Q; that of the model if left out."),
     *RUNTIME_OPTIONS,
     PRECISION_OPTION,
@@ -45,7 +50,7 @@ def update_model(
 
     Exit code 0; 1 if an image could not be read, and then nothing is changed; 2 for wrong arguments.
     """
-    require_at_least("--batch_size", batch_size, 1)
+    require_at_least("--batch_size", batch_size, 1, 65536)
     log_to_console()
     quiet_libraries()
     from patchcore.model_update import UpdateJob

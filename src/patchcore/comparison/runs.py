@@ -19,6 +19,7 @@ from patchcore.comparison.folders import StoredConfig, no_run_folder, read_store
 from patchcore.configs import ThresholdRule, TrainingSource
 from patchcore.errors import ConfigurationError, DataError
 from patchcore.storage import run_folder
+from patchcore.storage.files import read_csv
 from patchcore.storage.model_folder import read_model_header
 from patchcore.storage.run_folder import ClassResult
 
@@ -299,8 +300,7 @@ def _read_scores(path: Path) -> ImageScores:
         DataError: It is missing or damaged.
     """
     try:
-        with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
-            rows = list(csv.DictReader(file))
+        rows = read_csv(path)
         if not rows:
             raise ValueError("it has no image")
         images = ImageScores(

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from PIL import Image
 from skimage.morphology import closing, disk
 
-from patchcore.configs import DemoConfig
+from patchcore.configs import MAX_SEED, DemoConfig
 from patchcore.datasets.demo_catalogue import CATALOGUE
 from patchcore.datasets.demo_parts import Part, draw_part, metal_texture
 from patchcore.datasets.demo_scene import (
@@ -39,6 +39,8 @@ LOGGER = logging.getLogger(__name__)
 CONFIG_NAME = "demo.json"
 GOOD = "good"
 MIN_SIZE_PX = 64
+MAX_SIZE_PX = 4096  # far more than a detector sees; the memory grows with the square
+MAX_COUNT = 100_000  # of images, days of rendering
 FINE_EVERY = 3  # every third example of a defect type is a small or faint one
 VISIBLE_CHANGE = 6  # grey levels; what changes less is the tail of a blur or a soft shadow
 MIN_MASK_FRACTION = 20 / 256**2  # a defect that hides in a highlight is drawn again
@@ -195,16 +197,18 @@ def check_demo_config(config: DemoConfig) -> None:
         raise ConfigurationError(
             f"demo categories {list(config.categories)}: name each category once, at least one of {known}"
         )
-    for option, name, minimum in (
-        ("--size", "image_size_px", MIN_SIZE_PX),
-        ("--num_train", "num_train", 1),
-        ("--num_test_good", "num_test_good", 0),
-        ("--num_test_defect", "num_test_defect", 0),
-        ("--seed", "seed", 0),
+    for option, name, minimum, maximum in (
+        ("--size", "image_size_px", MIN_SIZE_PX, MAX_SIZE_PX),
+        ("--num_train", "num_train", 1, MAX_COUNT),
+        ("--num_test_good", "num_test_good", 0, MAX_COUNT),
+        ("--num_test_defect", "num_test_defect", 0, MAX_COUNT),
+        ("--seed", "seed", 0, MAX_SEED),
     ):
         value = getattr(config, name)
         if value < minimum:
             raise ConfigurationError(f"{option} is {value}, expected at least {minimum}: give a larger value")
+        if value > maximum:
+            raise ConfigurationError(f"{option} is {value}, expected at most {maximum}: give a smaller value")
 
 
 def _config_text(config: DemoConfig) -> str:

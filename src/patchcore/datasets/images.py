@@ -220,6 +220,8 @@ def upright_size(path: Path) -> tuple[int, int]:
 def _opened(path: Path, what: str) -> Iterator[Image.Image]:
     """Open an image file; what Pillow raises meanwhile becomes a DataError that names the file."""
     try:
+        if path.is_fifo() or path.is_char_device():
+            raise OSError("a pipe or a device, which may keep a reader waiting for ever")
         # Not by name: from version 11 on, Pillow maps a named uncompressed TIFF wrongly if EXIF turns it on its side.
         with path.open("rb") as file, Image.open(file, formats=FORMATS) as image:
             yield image

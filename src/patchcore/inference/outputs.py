@@ -31,6 +31,7 @@ RECORD = (
 )  # fmt: skip
 MAX_NAME_BYTES = 150  # of an output without number and suffix; file systems end at 255
 DEEPEST_LEVEL = 2**16 - 1
+MM_PER_PX = 1e-9, 1e9  # whatever is photographed, and far from where its square overflows
 COMPRESSION = zlib.Z_RLE  # of PNGs: on photographs smaller than zlib's default at level 1, and faster
 
 
@@ -52,8 +53,11 @@ class OutputChoice:
 
     def __post_init__(self) -> None:
         require_choice("--heat_maps", self.heat_maps, HEAT_MAPS)
-        if self.mm_per_px is not None and not 0 < self.mm_per_px < float("inf"):  # NaN fails, too
-            raise ConfigurationError(f"--mm_per_px {self.mm_per_px}: expected the side of a pixel in mm, above 0")
+        if self.mm_per_px is not None and not MM_PER_PX[0] <= self.mm_per_px <= MM_PER_PX[1]:  # NaN fails, too
+            low, high = MM_PER_PX
+            raise ConfigurationError(
+                f"--mm_per_px {self.mm_per_px}: expected the side of a pixel in mm, from {low:g} to {high:g}"
+            )
 
     @property
     def needs_image(self) -> bool:

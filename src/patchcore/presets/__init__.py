@@ -120,7 +120,11 @@ def read_presets(file: Path) -> dict[str, dict[str, Preset]]:
             source = settings.pop("source", None)
             if source not in SOURCES:
                 raise ConfigurationError(f"{where}: source is {source!r}, expected one of {', '.join(SOURCES)}")
-            with_settings(EXAMPLE, settings, where)  # finds unknown names and wrong values
+            try:
+                with_settings(EXAMPLE, settings, where)  # finds unknown names and wrong values
+            except ConfigurationError as error:  # of a value out of range, the option alone
+                told = str(error)
+                raise ConfigurationError(told if told.startswith(where) else f"{where}: {told}") from error
             presets[backbone][category] = Preset(backbone, category, settings, source)
     return presets
 
@@ -128,7 +132,7 @@ def read_presets(file: Path) -> dict[str, dict[str, Preset]]:
 def _read_object(file: Path) -> Mapping[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigurationError(f"presets {str(file)!r} cannot be read ({error}): mend or restore the file") from error
     return _object(content, file.name)
 

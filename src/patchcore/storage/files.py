@@ -7,6 +7,7 @@ import errno
 import io
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,6 +16,8 @@ from typing import Any
 
 UNFINISHED = ".part"
 REPLACED = ".old"
+FORMULA = re.compile("'*[=+\\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")  # also in the full width of East Asian fonts
+NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]+)?(e[+-]?[0-9]+)?")
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -61,10 +64,40 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[str]]) 
 
 
 def csv_line(row: Sequence[str]) -> str:
-    r"""Return a line that ends in \n, although the writer quotes what ends lines only if it is of its own line end."""
+    r"""Return a line that ends in \n, although the writer quotes what ends lines only if it is of its own line end.
+
+    Names of files, classes and runs are anyone's: what a spreadsheet would run as a formula gets an apostrophe in
+    front, which `read_csv` takes off.
+    """
     buffer = io.StringIO(newline="")
-    csv.writer(buffer, lineterminator="\r\n").writerow(row)
+    csv.writer(buffer, lineterminator="\r\n").writerow(["'" + cell if _is_formula(cell) else cell for cell in row])
     return buffer.getvalue().removesuffix("\r\n") + "\n"
+
+
+def _is_formula(cell: str) -> bool:
+    """Return whether a cell begins as a formula, with or without apostrophes in front, and is no number."""
+    return FORMULA.match(cell) is not None and NUMBER.fullmatch(cell) is None
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """Read what `write_csv` wrote, one dictionary per row.
+
+    Raises:
+        OSError, ValueError, csv.Error: The file cannot be read, or is no csv file.
+    """
+    with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
+        rows = csv.reader(file)
+        header = [_content(cell) for cell in next(rows, [])]
+        read: list[dict[str, str]] = []
+        for row in filter(None, rows):
+            if len(row) != len(header):
+                raise ValueError(f"line {rows.line_num} has {len(row)} cells, expected {len(header)}")
+            read.append(dict(zip(header, map(_content, row), strict=True)))
+        return read
+
+
+def _content(cell: str) -> str:
+    return cell[1:] if cell.startswith("'") and FORMULA.match(cell) else cell
 
 
 def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -184,6 +185,11 @@ def read_model_tensors(folder: Path, header: ModelHeader | None = None) -> dict[
         tensors = _read_tensor_files(folder, mapping)
     except (ConfigurationError, OSError) as error:
         if _holds(folder, mapping):
+            if isinstance(error, OSError):
+                raise ConfigurationError(
+                    f"{os.fsdecode(error.filename or folder)!r} cannot be read ({error.strerror}): copy the whole "
+                    "folder again"
+                ) from error
             raise
         raise ConfigurationError(replaced) from error
     if not _holds(folder, mapping):  # digests and tensors are two readings of a file

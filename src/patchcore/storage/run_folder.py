@@ -184,7 +184,7 @@ def require_same_config(folder: Path, config: Mapping[str, Any]) -> None:
     path = folder / "config.json"
     try:
         stored = dict(json.loads(path.read_text(encoding="utf-8"))["config"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigurationError(
             f"--skip_existing (or --resume): {str(folder)!r} holds no readable config.json: choose another --log_group"
         ) from error
@@ -239,7 +239,7 @@ def load_class_result(folder: Path, row_name: str) -> ClassResult | None:
     try:
         result = config_from_dict(ClassResult, json.loads(path.read_text(encoding="utf-8")), path.name)
         _require_possible_values(result)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: damaged ({error}): remove it to have the class done anew") from error
     return result
 
