@@ -219,6 +219,15 @@ class AnomalyDetector(ABC):
         """Return the model as one file of `torch.save`: configuration and weights, nothing that executes."""
         return torch_export_bytes(self._header(), self.tensors())
 
+    def graph(self) -> torch.nn.Module:
+        """Return what `predict` computes as a module: uint8 [B, 3, S, S] to scores [B] and maps [B, S, S], float32.
+
+        Raises:
+            NotFittedError: `fit` has not been called.
+            ConfigurationError: The method, or this configuration of it, has no such form.
+        """
+        raise ConfigurationError(f"models of {self.method} are not exported: expected patchcore, ensemble or fastflow")
+
     def _header(self) -> ModelHeader:
         return ModelHeader(
             FORMAT_VERSION,

@@ -105,6 +105,12 @@ class CouplingNet(nn.Sequential):
         torch.mm(torch.cat((w1.flatten(1), b1[:, None]), dim=1), x, out=hidden[:-1]).relu_()
         torch.mm(torch.cat((w2.flatten(1), b2[:, None]), dim=1), hidden, out=out)
 
+    def fused(self, x: torch.Tensor, gain: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        """Return what `affine` does for feature maps: [B, channels_in, H, W] to [B, channels_out, H, W]."""
+        w1, b1, w2, b2 = self._weights(gain, bias)
+        padding = w1.shape[2] // 2
+        return F.conv2d(F.conv2d(x, w1, b1, padding=padding).relu(), w2, b2, padding=padding)
+
     def _weights(
         self, gain: torch.Tensor, bias: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:

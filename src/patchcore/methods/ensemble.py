@@ -263,6 +263,17 @@ class Ensemble(AnomalyDetector):
     def backbones(self) -> tuple[BackboneWeights, ...]:
         return tuple(dict.fromkeys(weights for member in self.members for weights in member.backbones()))
 
+    def graph(self) -> torch.nn.Module:
+        from patchcore.methods.graphs import PatchCoreGraph
+
+        scales = self._require_fitted()
+        if not self.can_calibrate:
+            raise ConfigurationError(
+                "an ensemble with --score_normalization minmax scales its scores over the images scored together, "
+                "which no exported model sees: train it with --score_normalization calibrated"
+            )
+        return PatchCoreGraph(self.members, [(scale.mean, scale.std) for scale in scales])
+
     def configuration(self) -> dict[str, Any]:
         return config_to_dict(self.config)
 

@@ -194,6 +194,16 @@ class FastFlow(NetworkDetector["FastFlowNet"]):
     def backbones(self) -> tuple[BackboneWeights, ...]:
         return (self.extractor.weights,) if self.extractor.weights else ()
 
+    def graph(self) -> torch.nn.Module:
+        from patchcore.methods.graphs import FlowGraph
+
+        flows = self._require_fitted()
+        if self.config.tiles is not None:
+            raise ConfigurationError(
+                "a FastFlow that scores in tiles is not exported: train it without --enable_patch_inference"
+            )
+        return FlowGraph(self.config, self.extractor, flows, self.preprocessing.imagesize_px)
+
     def configuration(self) -> dict[str, Any]:
         return config_to_dict(self.config)
 

@@ -82,6 +82,16 @@ class FlowStep(AllInOneBlock):
         )
         return result, log_det + log_scale.sum()
 
+    def transformed(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the transformed features [B, C, H, W], by operations that every exporter knows."""
+        passive, active = x.split(self.splits, dim=1)
+        scale, offset, log_scale, gain, bias = (value.flatten() for value in self._global())
+        coefficients = self.subnet.fused(passive, gain, bias)
+        log_factor, shift = coefficients.split(active.shape[1], dim=1)
+        factor = torch.exp(float(self.clamp) * log_factor.tanh() + log_scale[len(scale) :, None, None])
+        changed = active * factor + shift
+        return torch.cat((passive * scale[:, None, None] + offset[:, None, None], changed), dim=1)[:, self.order]
+
     @property
     def order_with_ones(self) -> torch.Tensor:
         """`order` for matrices with a row of ones behind the passive half; int64 [C + 1]."""

@@ -347,6 +347,12 @@ class PatchCore(AnomalyDetector):
         weights = self.embedder.extractor.weights
         return (weights,) if weights else ()
 
+    def graph(self) -> torch.nn.Module:
+        from patchcore.methods.graphs import PatchCoreGraph
+
+        self._require_fitted()
+        return PatchCoreGraph([self], [(0.0, 1.0)])
+
     def configuration(self) -> dict[str, Any]:
         return config_to_dict(self.config)
 
