@@ -34,6 +34,7 @@ ALLOWED = {
     "resuming": {"storage"},
     "prediction": {"datasets", "methods", "storage"},
     "inference": {"batch_halving", "datasets", "evaluation", "prediction", "scoring", "storage"},
+    "model_export": {"datasets", "prediction", "storage"},
     "model_update": {"inference", "memory", "methods", "prediction", "scoring", "storage"},
     "stored_models": {"prediction", "storage"},
     "pipeline": {
@@ -70,6 +71,7 @@ CLI_CALLBACKS_MAY_IMPORT = {
     "comparison",
     "exploration",
     "inference",
+    "model_export",
     "model_update",
     "web",
 }
@@ -81,13 +83,14 @@ ONE_HOME = {
     "fastapi": "web.py",
     "gradio": "web.py",
     "matplotlib": "evaluation/plots/",
+    "onnx": "storage/export",
     "starlette": "web.py",
     "timm": "features/backbones.py",
     "torchvision": "features/backbones.py",
     "uvicorn": "web.py",
     "wandb": "tracking.py",
 }
-OPTIONAL = {"faiss-cpu", "gradio", "wandb"}  # extras
+OPTIONAL = {"faiss-cpu", "gradio", "onnx", "wandb"}  # extras
 BROUGHT_BY_GRADIO = {"fastapi", "starlette", "uvicorn"}  # which is built on them
 DISTRIBUTION = {
     "PIL": "pillow",

@@ -6,30 +6,36 @@ stands in the file's metadata, because no runtime resizes exactly as Pillow does
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
+import os
+import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from patchcore.configs import PreprocessingConfig
+import patchcore
+from patchcore.configs import PreprocessingConfig, TrainingSource
 from patchcore.errors import ConfigurationError
 from patchcore.scoring.calibration import Calibration, ScoreScale
 
 if TYPE_CHECKING:
     import onnx
 
-OPSET = 18  # the first whose Resize has antialiasing
+OPSET = 18  # the first whose Resize knows antialiasing
+METADATA_VERSION = 1
+METADATA = "patchcore"  # name of the JSON object in the file's metadata
 INPUT = "images"
-METADATA = "patchcore"
-EXTRA = "found no {}, expected what writes ONNX files: pip install 'patchcore[onnx]'"
-LARGEST_FILE_BYTES = 2**31 - 2**20  # of a protocol buffer, less what is not weights
+SCORE, NORMALIZED_SCORE, MAP = "score", "normalized_score", "map"
+PACKAGES = ("onnx", "onnxscript")
+LARGEST_FILE_BYTES = 2**31 - 2**20  # a protocol buffer holds 2 GiB; what is no weight takes less than the rest
 EXTERNAL_FROM_BYTES = 1024  # smaller tensors stay in the file
 TRACED_BATCH = 2  # 0 and 1 would be taken for constants
 
@@ -41,31 +47,36 @@ class ExportedModel:
     Attributes:
         graph: uint8 [B, 3, S, S] to scores [B] and maps [B, S, S].
         method: Name of the method.
-        category: Class that the model is of.
+        source: What it was trained on.
         preprocessing: Resize and crop that come before the graph.
+        padding_rgb: What the crop shows beyond the image.
         calibration: Thresholds; None without calibration.
     """
 
     graph: nn.Module
     method: str
-    category: str
+    source: TrainingSource
     preprocessing: PreprocessingConfig
+    padding_rgb: tuple[int, int, int]
     calibration: Calibration | None
 
 
-class _ScoredGraph(nn.Module):
+class ScoredGraph(nn.Module):
     """Adds the normalised score to what a graph gives.
 
-    Source: `ScoreScale.normalized`.
+    Args:
+        graph: Images to scores and maps.
+        scale: Of the image scores; None gives no normalised score.
     """
 
     def __init__(self, graph: nn.Module, scale: ScoreScale | None) -> None:
         super().__init__()
-        self.graph = graph
+        self.raw = graph  # not `graph`: traced modules have an attribute of that name
         self.scale = scale
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        scores, maps = self.graph(images)
+        """Return scores [B], with a scale what `ScoreScale.normalized` makes of them, and maps [B, S, S]."""
+        scores, maps = self.raw(images)
         if self.scale is None:
             return scores, maps
         z = (scores.double() - self.scale.threshold) / self.scale.width
@@ -73,27 +84,35 @@ class _ScoredGraph(nn.Module):
         return scores, torch.where(z < 0, tail, 1 - tail).float(), maps
 
 
-def onnx_model(model: ExportedModel, resize_in_graph: bool = False) -> onnx.ModelProto:
-    """Translate a model.
+def require_onnx() -> None:
+    """Raise ConfigurationError unless what writes ONNX files is installed; nothing is imported."""
+    missing = [package for package in PACKAGES if importlib.util.find_spec(package) is None]
+    if missing:
+        raise ConfigurationError(
+            f"found no {' and no '.join(missing)}, which an export needs: pip install 'patchcore[onnx]', or in a clone "
+            "pip install -e '.[onnx]'"
+        )
+
+
+def onnx_model(model: ExportedModel) -> onnx.ModelProto:
+    """Translate a model for images that are resized and cropped, with its metadata.
 
     Args:
         model: What is exported.
-        resize_in_graph: The graph takes one image of any size, uint8 [1, 3, H, W], and resizes and crops it itself.
 
-    Raises:
-        ConfigurationError: A package that this needs is not installed.
+    Returns:
+        Input `images` uint8 [batch, 3, S, S]; outputs `score` [batch], with calibration `normalized_score` [batch],
+        and `map` [batch, S, S], float32.
     """
-    require_onnx()
-    side = model.preprocessing.imagesize_px
-    module = _ScoredGraph(model.graph, model.calibration.image if model.calibration else None).eval()
-    names = ["score", "normalized_score", "map"] if model.calibration else ["score", "map"]
+    calibration, side = model.calibration, model.preprocessing.imagesize_px
+    module = ScoredGraph(model.graph, calibration.image if calibration else None).eval()
     example = torch.zeros(TRACED_BATCH, 3, side, side, dtype=torch.uint8)
-    with _quiet(), torch.no_grad():
+    with _quiet(), _without_work_in_place(module), torch.no_grad():
         program = torch.onnx.export(
             module,
             (example,),
             input_names=[INPUT],
-            output_names=names,
+            output_names=[SCORE, NORMALIZED_SCORE, MAP] if calibration else [SCORE, MAP],
             dynamic_shapes=({0: torch.export.Dim("batch")},),
             opset_version=OPSET,
             dynamo=True,
@@ -101,29 +120,121 @@ def onnx_model(model: ExportedModel, resize_in_graph: bool = False) -> onnx.Mode
         )
     assert program is not None
     translated = program.model_proto
-    if resize_in_graph:
-        translated = _with_resize(translated, model.preprocessing)
-    _describe(translated, model, resize_in_graph)
+    translated.producer_name, translated.producer_version = "patchcore", patchcore.__version__
+    translated.doc_string = f"{model.method} of {model.source.category}, its metadata say how to resize and crop"
+    del translated.metadata_props[:]
+    set_metadata(translated, metadata(model))
     return translated
 
 
-def metadata(model: ExportedModel, resize_in_graph: bool) -> dict[str, Any]:
+def metadata(model: ExportedModel) -> dict[str, Any]:
     """Return what the file says of itself, as JSON values."""
-    calibration = model.calibration
+    calibration, preprocessing = model.calibration, model.preprocessing
+    pixel = calibration.pixel if calibration else None
     return {
+        "format_version": METADATA_VERSION,
+        "toolkit_version": patchcore.__version__,
         "method": model.method,
-        "class": model.category,
-        "input": "uint8 RGB, [1, 3, height, width] of any size" if resize_in_graph else "uint8 RGB, resized and cropped",
-        "preprocessing": asdict(model.preprocessing),
+        "dataset": model.source.dataset,
+        "class": model.source.category,
+        "resize_in_graph": False,
+        "resize_px": preprocessing.resize_px,
+        "resize_mode": preprocessing.resize_mode,
+        "crop_px": preprocessing.imagesize_px,
+        "interpolation": "bilinear",
+        "padding_rgb": list(model.padding_rgb),
+        "precision": "float32",
         "image_threshold": calibration.image.threshold if calibration else None,
-        "pixel_threshold": calibration.pixel.threshold if calibration and calibration.pixel else None,
+        "image_scale": calibration.image.width if calibration else None,
+        "pixel_threshold": pixel.threshold if pixel else None,
+        "pixel_scale": pixel.width if pixel else None,
     }
 
 
-def require_onnx() -> None:
-    """Raise ConfigurationError unless what writes ONNX files is installed."""
-    for package in ("onnx", "onnxscript"):
+def read_metadata(model: onnx.ModelProto) -> dict[str, Any]:
+    """Return the metadata of an exported model."""
+    return dict(json.loads(next(entry.value for entry in model.metadata_props if entry.key == METADATA)))
+
+
+def set_metadata(model: onnx.ModelProto, values: Mapping[str, Any]) -> None:
+    """Write the metadata of a model in place."""
+    text = json.dumps(values, sort_keys=True, allow_nan=False)
+    for entry in model.metadata_props:
+        if entry.key == METADATA:
+            entry.value = text
+            return
+    model.metadata_props.add(key=METADATA, value=text)
+
+
+def external_data_path(path: Path) -> Path:
+    """Return where the weights of a file lie that are too large for it."""
+    return path.with_name(f"{path.name}.data")
+
+
+def write_onnx(model: onnx.ModelProto, path: Path) -> list[Path]:
+    """Write a new file, with its weights beside it if they are too large for it; whole or not at all.
+
+    Args:
+        model: What is written.
+        path: Its name; the weights beside it are `external_data_path`.
+
+    Returns:
+        The files.
+    """
+    import onnx
+
+    beside = external_data_path(path)
+    is_large = _weight_bytes(model) > LARGEST_FILE_BYTES
+    with tempfile.TemporaryDirectory(prefix=".", suffix=".part", dir=path.parent) as folder:
+        temporary = Path(folder)
+        onnx.save_model(
+            model,
+            temporary / path.name,
+            save_as_external_data=is_large,
+            location=beside.name,
+            size_threshold=EXTERNAL_FROM_BYTES,
+        )
+        files = [beside, path] if is_large else [path]  # the one that names the other comes last
+        for file in files:
+            with (temporary / file.name).open("rb") as written:
+                os.fsync(written.fileno())
         try:
-            __import__(package)
-        except ImportError as error:
-            raise ConfigurationError(EXTRA.format(package)) from error
+            for file in files:
+                os.replace(temporary / file.name, file)
+        except BaseException:
+            beside.unlink(missing_ok=True)
+            raise
+    return files
+
+
+def _weight_bytes(model: onnx.ModelProto) -> int:
+    return sum(len(tensor.raw_data) for tensor in model.graph.initializer)
+
+
+@contextmanager
+def _without_work_in_place(module: nn.Module) -> Iterator[None]:
+    """Let activations return new tensors meanwhile: tracing those that overwrite theirs takes twice as long."""
+    in_place = [part for part in module.modules() if getattr(part, "inplace", False) is True]
+    for part in in_place:
+        part.inplace = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for part in in_place:
+            part.inplace = True  # type: ignore[assignment]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what the translation tells of itself from the terminal."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
