@@ -223,7 +223,7 @@ class AnomalyDetector(ABC):
     def require_graph(cls, config: Any) -> None:
         """Raise ConfigurationError if models of this configuration have no `graph`."""
         able = sorted(name for name, detector in DETECTORS.items() if detector.graph is not AnomalyDetector.graph)
-        raise ConfigurationError(f"a model of method {cls.method!r} has no graph to export, only {', '.join(able)} have")
+        raise ConfigurationError(f"a model of method {cls.method!r} has no graph, only {', '.join(able)} have")
 
     def graph(self) -> torch.nn.Module:
         """Return what `predict` computes as a module: uint8 [B, 3, S, S] to scores [B] and maps [B, S, S], float32.

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from patchcore.datasets.images import PADDING_RGB
-from patchcore.detector import DETECTORS
+from patchcore.detector import DETECTORS, AnomalyDetector
 from patchcore.errors import ConfigurationError
 from patchcore.prediction import open_detector, read_header, stored_config
 from patchcore.storage.export import ExportedModel, external_data_path, onnx_model, require_onnx, write_onnx
@@ -52,11 +52,8 @@ def export_model(job: ExportJob, say: Say) -> list[Path]:
     _require_new_file(job.out)
     _require_graph(job)
     detector = open_detector(job.model, torch.device("cpu"), resize_px=job.resize_px)
-    model = ExportedModel(
-        detector.graph(), detector.method, detector.source, detector.preprocessing, PADDING_RGB, detector.calibration_
-    )
     say(f"translating {job.model} (a deep backbone takes a minute)")
-    translated = onnx_model(model)
+    translated = onnx_model(exported_model(detector))
     if job.resize_in_graph:
         from patchcore.storage.export_resize import with_resize
 
@@ -65,6 +62,13 @@ def export_model(job: ExportJob, say: Say) -> list[Path]:
     for file in files:
         say(f"wrote {file} ({file.stat().st_size / 1e6:.1f} MB)")
     return files
+
+
+def exported_model(detector: AnomalyDetector) -> ExportedModel:
+    """Return what is exported of a fitted detector."""
+    return ExportedModel(
+        detector.graph(), detector.method, detector.source, detector.preprocessing, PADDING_RGB, detector.calibration_
+    )
 
 
 def _require_new_file(out: Path) -> None:

@@ -15,13 +15,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from patchcore.configs import FastFlowConfig
+from patchcore.configs import FastFlowConfig, PostProcessingConfig
 from patchcore.features.extractor import FeatureExtractor
 from patchcore.methods.fastflow import scaled_size
-from patchcore.methods.normalizing_flow import FastFlowNet, FeatureFlow, FlowStep, FoldedStep, latent_bits, mean_probability
+from patchcore.methods.normalizing_flow import (
+    FastFlowNet,
+    FeatureFlow,
+    FlowStep,
+    FoldedStep,
+    latent_bits,
+    mean_probability,
+)
 from patchcore.methods.patchcore import PatchCore
 from patchcore.scoring.anomaly_map import SMOOTHING_SIGMA_PX, axis_matrix, image_scores, upsampling_matrix
-from patchcore.scoring.post_processing import gray, guided_filter, guide_radius_px, robust_z_scores
+from patchcore.scoring.post_processing import gray, guide_radius_px, guided_filter, robust_z_scores
 
 SQUARED_NORM_FLOOR = 1e-12  # below it a distance counts as 0
 
@@ -132,9 +139,7 @@ class PatchCoreGraph(nn.Module):
         feature_maps = {extractor: extractor(images) for extractor in self.extractors}
         embeddings = {}
         scores, maps = [], []
-        for embedder, bank, to_map, (mean, std) in zip(
-            self.embedders, self.banks, self.maps, self.scales, strict=True
-        ):
+        for embedder, bank, to_map, (mean, std) in zip(self.embedders, self.banks, self.maps, self.scales, strict=True):
             if embedder not in embeddings:
                 of_layers = [feature_maps[embedder.extractor][layer] for layer in embedder.layers]
                 embeddings[embedder] = embedder.embedding(of_layers).flatten(1, 2)  # [B, P, D]
@@ -202,23 +207,23 @@ class FlowGraph(nn.Module):
         self.extractor = extractor
         self.flows = nn.ModuleList([_flow_graph(flow) for flow in flows.flows])
         self.register_buffer("spread", flows.spread)
-        post = config.post_processing
-        sizes = [scaled_size(imagesize, scale) for scale in post.scales]
-        self.shrinking = nn.ModuleList([_resizing(imagesize, size) for size in sizes])
+        sizes = [scaled_size(imagesize, scale) for scale in config.post_processing.scales]
         grids = [_grids(extractor, config.backbone.layers, size) for size in sizes]
-        exact = torch.float64 if config.map_mode == "prob" else torch.float32
         finest = [max(of_scale, key=math.prod) for of_scale in grids]
+        exact = torch.float64 if config.map_mode == "prob" else torch.float32
+        self.resizings = nn.ModuleList([_resizing(imagesize, size) for size in sizes])
         self.alignments = nn.ModuleList(
-            [nn.ModuleList([_upsampling(grid, best, exact) for grid in g]) for g, best in zip(grids, finest, strict=True)]
+            [
+                nn.ModuleList([_upsampling(grid, common, exact) for grid in of_scale])
+                for of_scale, common in zip(grids, finest, strict=True)
+            ]
         )
-        whole = (imagesize, imagesize)
-        self.upsamplings = nn.ModuleList([_upsampling(grid, whole, torch.float32) for grid in finest])
-        sigma = post.smoothing_px if post.smoothing == "gaussian" else None
-        self.smoothing = nn.Identity() if sigma is None else AxisMatrices(*[axis_matrix(imagesize, imagesize, sigma)] * 2)
+        self.upsamplings = nn.ModuleList([_upsampling(grid, (imagesize, imagesize), torch.float32) for grid in finest])
+        self.smoothing = _smoothing(config.post_processing, imagesize)
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return scores and maps after the post-processing."""
-        scales = zip(self.shrinking, self.alignments, self.upsamplings, strict=True)
+        scales = zip(self.resizings, self.alignments, self.upsamplings, strict=True)
         maps = torch.stack([self._maps(images, *of_scale) for of_scale in scales]).mean(dim=0)
         post = self.config.post_processing
         maps = self.smoothing(maps)
@@ -229,10 +234,10 @@ class FlowGraph(nn.Module):
         return image_scores(maps, self.config.image_score), maps
 
     def _maps(
-        self, images: torch.Tensor, shrinking: nn.Module, alignments: nn.Module, upsampling: nn.Module
+        self, images: torch.Tensor, resizing: nn.Module, alignments: nn.Module, upsampling: nn.Module
     ) -> torch.Tensor:
         """Return maps [B, S, S] of the images at a scale."""
-        of_layer = self.extractor(shrinking(images.float()))
+        of_layer = self.extractor(resizing(images.float()))
         features = [of_layer[layer] for layer in self.config.backbone.layers]
         squares = [flow(maps).square().mean(dim=1) for flow, maps in zip(self.flows, features, strict=True)]
         return upsampling(self._grid(squares, alignments).float())
@@ -290,6 +295,14 @@ def _smooth_upsampling(grid: Sequence[int], imagesize: int) -> nn.Module:
     """Return patch scores [B, h, w] to maps [B, S, S], as `anomaly_maps` does it."""
     rows, columns = (axis_matrix(length, imagesize, SMOOTHING_SIGMA_PX) for length in grid)
     return AxisMatrices(rows, columns)
+
+
+def _smoothing(post: PostProcessingConfig, imagesize: int) -> nn.Module:
+    """Return what smooths maps [B, S, S] by a Gaussian, where that is asked for."""
+    if post.smoothing != "gaussian":
+        return nn.Identity()
+    matrix = axis_matrix(imagesize, imagesize, post.smoothing_px)
+    return AxisMatrices(matrix, matrix)
 
 
 def _upsampling(grid: Sequence[int], size: Sequence[int], dtype: torch.dtype) -> nn.Module:

@@ -89,9 +89,7 @@ def row_medians(values: torch.Tensor) -> torch.Tensor:
     return values.median(dim=1, keepdim=True).values
 
 
-def robust_z_scores(
-    maps: torch.Tensor, medians: Callable[[torch.Tensor], torch.Tensor] = row_medians
-) -> torch.Tensor:
+def robust_z_scores(maps: torch.Tensor, medians: Callable[[torch.Tensor], torch.Tensor] = row_medians) -> torch.Tensor:
     """Measure each map from its own median, in units of its own spread.
 
     What raises a whole image, such as another exposure, cancels. So does a defect that covers half of it.

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import onnx
-from onnx import compose, parser
+from onnx import compose, helper, parser
 
-from patchcore.storage.export import INPUT, read_metadata, set_metadata
+from patchcore.storage.export import INPUT, OPSET, read_metadata, set_metadata
 
 CROPPED = "cropped_images"  # between the two parts
 
@@ -48,8 +48,8 @@ UNPADDED = """
 # Python.
 FRONT = """
     resize (uint8[1, 3, height, width] {input}) => (uint8[1, 3, {crop}, {crop}] {output})
-    <int64[1] resize = {{{resize}}}, int64[2] crop = {{{crop}, {crop}}}, int64[1] one = {{1}}, int64[2] zeros = {{0, 0}},
-     int64[2] planes = {{1, 3}}, int64[2] axes = {{2, 3}}, float half = {{0.5}},
+    <int64[1] resize = {{{resize}}}, int64[2] crop = {{{crop}, {crop}}}, int64[1] one = {{1}},
+     int64[2] zeros = {{0, 0}}, int64[2] planes = {{1, 3}}, int64[2] axes = {{2, 3}}, float half = {{0.5}},
      int32[1, 3, 1, 1] padding_rgb = {{{padding}}}>
     {{
         size = Shape <start = 2> ({input}){new_size}
@@ -78,9 +78,8 @@ def with_resize(model: onnx.ModelProto) -> onnx.ModelProto:
         The same with the input `images` uint8 [1, 3, H, W]; the outputs are those of one image.
     """
     said = read_metadata(model)
-    front = compose.add_prefix_graph(
-        parser.parse_graph(_front(said)), "resize/", rename_inputs=False, rename_outputs=False
-    )
+    resizing = resizing_model(said, model.ir_version)
+    front = compose.add_prefix(resizing, "resize/", rename_inputs=False, rename_outputs=False).graph
     graph = model.graph
     for node in graph.node:
         node.input[:] = [CROPPED if name == INPUT else name for name in node.input]
@@ -94,6 +93,17 @@ def with_resize(model: onnx.ModelProto) -> onnx.ModelProto:
         output.type.tensor_type.shape.dim[0].dim_value = 1
     set_metadata(model, {**said, "resize_in_graph": True})
     return model
+
+
+def resizing_model(said: Mapping[str, Any], ir_version: int) -> onnx.ModelProto:
+    """Return resize and crop as a model: `images` uint8 [1, 3, H, W] to `cropped_images` uint8 [1, 3, S, S].
+
+    Args:
+        said: Metadata of an exported model.
+        ir_version: Version of the file.
+    """
+    opset = [helper.make_opsetid("", OPSET)]
+    return helper.make_model(parser.parse_graph(_front(said)), opset_imports=opset, ir_version=ir_version)
 
 
 def _front(said: Mapping[str, Any]) -> str:
