@@ -236,9 +236,18 @@ def test_mistakes_are_one_line(exported: Path, tmp_path: Path, monkeypatch: pyte
     assert "trained with 64" in error_of(model, "--out", tmp_path / "other.onnx", "--resize", 99)
     torch.save({"a": torch.zeros(2)}, tmp_path / "bare.pth")
     assert "bare state dict" in error_of(tmp_path / "bare.pth", "--out", tmp_path / "other.onnx")
+    other = ("--out", tmp_path / "other.onnx")
+    assert "type both or none" in error_of(model, *other, "--precision", "int8")
+    assert "type both or none" in error_of(model, *other, "--calibration_images", tmp_path)
+    int8 = (*other, "--precision", "int8", "--calibration_images")
+    assert "'nothing'" in error_of(model, *int8, "nothing")
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    finished = invoke(export_model, model, *int8, tmp_path / "broken.png")
+    assert finished.code == 1 and "broken.png" in finished.error_lines[-1]
     monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
-    assert "found no onnx and no onnxscript" in error_of(model, "--out", tmp_path / "other.onnx")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["bare.pth", "new.onnx.data"]
+    assert "found no onnx and no onnxscript, which" in error_of(model, *other)
+    assert "and no onnxruntime, which" in error_of(model, *int8, tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bare.pth", "broken.png", "new.onnx.data"]
 
 
 def test_models_without_a_graph_are_one_line(exported: Path, tmp_path: Path) -> None:

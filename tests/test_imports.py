@@ -34,7 +34,7 @@ ALLOWED = {
     "resuming": {"storage"},
     "prediction": {"datasets", "methods", "storage"},
     "inference": {"batch_halving", "datasets", "evaluation", "prediction", "scoring", "storage"},
-    "model_export": {"datasets", "prediction", "storage"},
+    "model_export": {"datasets", "inference", "prediction", "storage"},
     "model_update": {"inference", "memory", "methods", "prediction", "scoring", "storage"},
     "stored_models": {"prediction", "storage"},
     "pipeline": {
@@ -84,13 +84,14 @@ ONE_HOME = {
     "gradio": "web.py",
     "matplotlib": "evaluation/plots/",
     "onnx": "storage/export",
+    "onnxruntime": "storage/export_int8.py",
     "starlette": "web.py",
     "timm": "features/backbones.py",
     "torchvision": "features/backbones.py",
     "uvicorn": "web.py",
     "wandb": "tracking.py",
 }
-OPTIONAL = {"faiss-cpu", "gradio", "onnx", "wandb"}  # extras
+OPTIONAL = {"faiss-cpu", "gradio", "onnx", "onnxruntime", "wandb"}  # extras
 BROUGHT_BY_GRADIO = {"fastapi", "starlette", "uvicorn"}  # which is built on them
 DISTRIBUTION = {
     "PIL": "pillow",

@@ -17,6 +17,7 @@ from torch import nn
 
 from patchcore.configs import FastFlowConfig, PostProcessingConfig
 from patchcore.features.extractor import FeatureExtractor
+from patchcore.features.patches import ConcatEmbedding, PooledEmbedding
 from patchcore.methods.fastflow import scaled_size
 from patchcore.methods.normalizing_flow import (
     FastFlowNet,
@@ -142,11 +143,20 @@ class PatchCoreGraph(nn.Module):
         for embedder, bank, to_map, (mean, std) in zip(self.embedders, self.banks, self.maps, self.scales, strict=True):
             if embedder not in embeddings:
                 of_layers = [feature_maps[embedder.extractor][layer] for layer in embedder.layers]
-                embeddings[embedder] = embedder.embedding(of_layers).flatten(1, 2)  # [B, P, D]
+                embeddings[embedder] = _embedded(embedder.embedding, of_layers).flatten(1, 2)  # [B, P, D]
             image_score, patch_scores = bank(embeddings[embedder])
             scores.append((image_score - mean) / std)
             maps.append(to_map((patch_scores - mean) / std))
         return torch.stack(scores).mean(dim=0), torch.stack(maps).mean(dim=0)
+
+
+def _embedded(embedding: ConcatEmbedding | PooledEmbedding, feature_maps: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return patch embeddings [B, H, W, D], without writing parts into a whole, which is slow in other runtimes."""
+    if isinstance(embedding, ConcatEmbedding):
+        return embedding(feature_maps)
+    parts = embedding.parts(feature_maps)
+    whole = [F.pad(part, (first, embedding.dimension - first - part.shape[-1])) for first, part in parts]
+    return sum(whole[1:], start=whole[0])
 
 
 class StepGraph(nn.Module):

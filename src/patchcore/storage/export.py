@@ -12,7 +12,7 @@ import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,9 +84,9 @@ class ScoredGraph(nn.Module):
         return scores, torch.where(z < 0, tail, 1 - tail).float(), maps
 
 
-def require_onnx() -> None:
-    """Raise ConfigurationError unless what writes ONNX files is installed; nothing is imported."""
-    missing = [package for package in PACKAGES if importlib.util.find_spec(package) is None]
+def require_onnx(further: Sequence[str] = ()) -> None:
+    """Raise ConfigurationError unless what writes ONNX files, and further packages, are installed; imports nothing."""
+    missing = [package for package in (*PACKAGES, *further) if importlib.util.find_spec(package) is None]
     if missing:
         raise ConfigurationError(
             f"found no {' and no '.join(missing)}, which an export needs: pip install 'patchcore[onnx]', or in a clone "
@@ -107,7 +107,7 @@ def onnx_model(model: ExportedModel) -> onnx.ModelProto:
     calibration, side = model.calibration, model.preprocessing.imagesize_px
     module = ScoredGraph(model.graph, calibration.image if calibration else None).eval()
     example = torch.zeros(TRACED_BATCH, 3, side, side, dtype=torch.uint8)
-    with _quiet(), _without_work_in_place(module), torch.no_grad():
+    with quiet(), _without_work_in_place(module), torch.no_grad():
         program = torch.onnx.export(
             module,
             (example,),
@@ -184,7 +184,7 @@ def write_onnx(model: onnx.ModelProto, path: Path) -> list[Path]:
     import onnx
 
     beside = external_data_path(path)
-    is_large = _weight_bytes(model) > LARGEST_FILE_BYTES
+    is_large = weight_bytes(model) > LARGEST_FILE_BYTES
     with tempfile.TemporaryDirectory(prefix=".", suffix=".part", dir=path.parent) as folder:
         temporary = Path(folder)
         onnx.save_model(
@@ -207,7 +207,8 @@ def write_onnx(model: onnx.ModelProto, path: Path) -> list[Path]:
     return files
 
 
-def _weight_bytes(model: onnx.ModelProto) -> int:
+def weight_bytes(model: onnx.ModelProto) -> int:
+    """Return how much the weights of a model take."""
     return sum(len(tensor.raw_data) for tensor in model.graph.initializer)
 
 
@@ -225,9 +226,9 @@ def _without_work_in_place(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep what the translation tells of itself from the terminal."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    loggers = [logging.getLogger(name) for name in (None, "torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:
