@@ -59,6 +59,7 @@ bench-full: bench
 	$(BIN)/python benchmarks/stage_shares.py $(MEASURED)
 	$(BIN)/python benchmarks/run.py --rows coreset_large $(MEASURED)
 	$(BIN)/python benchmarks/search.py --data "$(or $(DATA),demo/data)" --category "$(CATEGORY)"
+	$(BIN)/python benchmarks/export.py $(MEASURED)
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/fastflow.py

@@ -19,6 +19,12 @@ OFFLINE = [
 WANDB = ["wandb>=0.28.2"]  # before, a server that is down is retried for ever
 TENSORBOARD = ["tensorboard>=2.18"]  # before, it breaks with numpy 2
 WEB = ["gradio>=6.31"]  # as of 6.31, it takes Pillow 12 at most
+ONNX = [
+    "onnx>=1.17",
+    "onnxruntime>=1.20",
+    "onnxscript>=0.5",
+    "torch>=2.7",
+]  # before, no batch size is left open
 NOTEBOOKS = ["ipykernel>=6.29", "nbclient>=0.10", "nbformat>=5.10"]
 BROWSER = ["selenium>=4.20"]
 DEV = [
@@ -69,6 +75,7 @@ setup(
         "wandb": WANDB,
         "tensorboard": TENSORBOARD,
         "web": WEB,
-        "dev": [*DEV, *BROWSER, *NOTEBOOKS, *WANDB, *TENSORBOARD, *WEB],
+        "onnx": ONNX,
+        "dev": [*DEV, *BROWSER, *NOTEBOOKS, *WANDB, *TENSORBOARD, *WEB, *ONNX],
     },
 )

@@ -374,6 +374,17 @@ def test_make_hands_data_and_category_on() -> None:
     assert (BENCHMARKS / "requirements-peers.txt").read_text(encoding="utf-8").splitlines()[1] == "anomalib==2.7.0"
 
 
+@pytest.mark.slow
+def test_the_table_of_exported_files(tiny: Any, load: Any) -> None:
+    toolkit, exact, int8 = (
+        [cell.strip() for cell in line.split("|")] for line in load("export").export_table(tiny).splitlines()[4:]
+    )
+    assert [toolkit[1], exact[1], int8[1]] == ["toolkit", "float32", "int8"]
+    assert float(exact[5]) < 1e-5
+    assert exact[6] == toolkit[6]
+    assert float(int8[2]) < float(exact[2])
+
+
 def test_the_table_of_indexes_has_a_line_for_each(tiny: Any, load: Any) -> None:
     lines = load("search").index_table(tiny).splitlines()[4:]
     assert [line.split("`")[1] for line in lines] == list(INDEXES)

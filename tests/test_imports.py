@@ -34,6 +34,7 @@ ALLOWED = {
     "resuming": {"storage"},
     "prediction": {"datasets", "methods", "storage"},
     "inference": {"batch_halving", "datasets", "evaluation", "prediction", "scoring", "storage"},
+    "model_export": {"datasets", "inference", "prediction", "storage"},
     "model_update": {"inference", "memory", "methods", "prediction", "scoring", "storage"},
     "stored_models": {"prediction", "storage"},
     "pipeline": {
@@ -70,6 +71,7 @@ CLI_CALLBACKS_MAY_IMPORT = {
     "comparison",
     "exploration",
     "inference",
+    "model_export",
     "model_update",
     "web",
 }
@@ -81,13 +83,15 @@ ONE_HOME = {
     "fastapi": "web.py",
     "gradio": "web.py",
     "matplotlib": "evaluation/plots/",
+    "onnx": "storage/export",
+    "onnxruntime": "storage/export_int8.py",
     "starlette": "web.py",
     "timm": "features/backbones.py",
     "torchvision": "features/backbones.py",
     "uvicorn": "web.py",
     "wandb": "tracking.py",
 }
-OPTIONAL = {"faiss-cpu", "gradio", "wandb"}  # extras
+OPTIONAL = {"faiss-cpu", "gradio", "onnx", "onnxruntime", "wandb"}  # extras
 BROUGHT_BY_GRADIO = {"fastapi", "starlette", "uvicorn"}  # which is built on them
 DISTRIBUTION = {
     "PIL": "pillow",
@@ -176,7 +180,7 @@ def test_what_is_imported_is_declared_and_nothing_else() -> None:
 
 
 def test_torch_and_torchvision_bounds_belong_together() -> None:
-    setup = (REPOSITORY / "setup.py").read_text(encoding="utf-8")
+    setup = (REPOSITORY / "setup.py").read_text(encoding="utf-8").split("install_requires=[")[1]
     torch_minor = re.search(r'"torch>=2\.(\d+)"', setup)
     vision_minor = re.search(r'"torchvision>=0\.(\d+)"', setup)
     assert torch_minor and vision_minor

@@ -219,6 +219,21 @@ class AnomalyDetector(ABC):
         """Return the model as one file of `torch.save`: configuration and weights, nothing that executes."""
         return torch_export_bytes(self._header(), self.tensors())
 
+    @classmethod
+    def require_graph(cls, config: Any) -> None:
+        """Raise ConfigurationError if models of this configuration have no `graph`."""
+        able = sorted(name for name, detector in DETECTORS.items() if detector.graph is not AnomalyDetector.graph)
+        raise ConfigurationError(f"a model of method {cls.method!r} has no graph, only {', '.join(able)} have")
+
+    def graph(self) -> torch.nn.Module:
+        """Return what `predict` computes as a module: uint8 [B, 3, S, S] to scores [B] and maps [B, S, S], float32.
+
+        Raises:
+            NotFittedError: `fit` has not been called.
+            ConfigurationError: As `require_graph`.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.require_graph lets a model pass that has no graph")
+
     def _header(self) -> ModelHeader:
         return ModelHeader(
             FORMAT_VERSION,

@@ -6,6 +6,7 @@ from patchcore.cli.comparison import compare_results as compare_results
 from patchcore.cli.comparison import fewshot_curve as fewshot_curve
 from patchcore.cli.demo import make_demo_dataset as make_demo_dataset
 from patchcore.cli.exploration import explore_dataset as explore_dataset
+from patchcore.cli.export import export_model as export_model
 from patchcore.cli.fastflow import load_and_evaluate_fastflow as load_and_evaluate_fastflow
 from patchcore.cli.fastflow import run_fastflow as run_fastflow
 from patchcore.cli.patchcore import load_and_evaluate_patchcore as load_and_evaluate_patchcore

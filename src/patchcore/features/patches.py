@@ -5,7 +5,7 @@ Source: Roth et al., "Towards Total Recall in Industrial Anomaly Detection", CVP
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -88,11 +88,16 @@ class PooledEmbedding(nn.Module):
         grid = feature_maps[0].shape[-2:]
         batch = feature_maps[0].shape[0]
         embeddings = feature_maps[0].new_zeros(batch, *grid, self.dimension)  # [B, H, W, D]
-        repeated = [m for m in feature_maps for _ in range(self.num_sizes)]
-        for layer_map, first_row, feature_map in zip(self.layer_maps, self.first_rows, repeated, strict=True):
-            part = _align(layer_map(feature_map), grid).permute(0, 2, 3, 1)  # [B, H, W, R_l]
+        for first_row, part in self.parts(feature_maps):
             embeddings[..., first_row : first_row + part.shape[-1]] += part
         return embeddings
+
+    def parts(self, feature_maps: Sequence[torch.Tensor]) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield what each layer adds to the embeddings: the first value it adds to, and values [B, H, W, R_l]."""
+        grid = feature_maps[0].shape[-2:]
+        repeated = [m for m in feature_maps for _ in range(self.num_sizes)]
+        for layer_map, first_row, feature_map in zip(self.layer_maps, self.first_rows, repeated, strict=True):
+            yield first_row, _align(layer_map(feature_map), grid).permute(0, 2, 3, 1)
 
 
 def _align(feature_map: torch.Tensor, grid: torch.Size) -> torch.Tensor:

@@ -64,7 +64,7 @@ class CouplingNet(nn.Sequential):
             [channels_out, B * H * W], of the type of `x`.
         """
         dtype = torch.bfloat16 if self.in_bfloat16 else x.dtype
-        w1, b1, w2, b2 = (weight.to(dtype) for weight in self._weights(gain, bias))
+        w1, b1, w2, b2 = (weight.to(dtype) for weight in self.weights(gain, bias))
         if w1.shape[2] == 1:
             hidden = torch.addmm(b1[:, None], w1.flatten(1), x.to(dtype)).relu_()  # [hidden, N]
             return torch.addmm(b2[:, None], w2.flatten(1), hidden).to(x.dtype)
@@ -94,7 +94,7 @@ class CouplingNet(nn.Sequential):
             hidden: [hidden channels + 1, B * H * W], the last row one; the others are overwritten.
             out: [channels_out, B * H * W].
         """
-        w1, b1, w2, b2 = self._weights(gain, bias)
+        w1, b1, w2, b2 = self.weights(gain, bias)
         if self.in_bfloat16:
             out.copy_(self.affine(x[:-1], grid, gain, bias))
             return
@@ -105,7 +105,7 @@ class CouplingNet(nn.Sequential):
         torch.mm(torch.cat((w1.flatten(1), b1[:, None]), dim=1), x, out=hidden[:-1]).relu_()
         torch.mm(torch.cat((w2.flatten(1), b2[:, None]), dim=1), hidden, out=out)
 
-    def _weights(
+    def weights(
         self, gain: torch.Tensor, bias: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return weight and bias of both convolutions, the last ones with `gain` and `bias` in them."""

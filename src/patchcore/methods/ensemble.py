@@ -263,6 +263,21 @@ class Ensemble(AnomalyDetector):
     def backbones(self) -> tuple[BackboneWeights, ...]:
         return tuple(dict.fromkeys(weights for member in self.members for weights in member.backbones()))
 
+    @classmethod
+    def require_graph(cls, config: EnsembleConfig) -> None:
+        if config.score_normalization == "minmax":
+            raise ConfigurationError(
+                "an ensemble with --score_normalization minmax scales its scores over all images of a test set, which "
+                "an exported model never sees: train it with --score_normalization calibrated"
+            )
+
+    def graph(self) -> torch.nn.Module:
+        from patchcore.methods.graphs import PatchCoreGraph
+
+        scales = self._require_fitted()
+        self.require_graph(self.config)
+        return PatchCoreGraph(self.members, [(scale.mean, scale.std) for scale in scales])
+
     def configuration(self) -> dict[str, Any]:
         return config_to_dict(self.config)
 

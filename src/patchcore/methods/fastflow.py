@@ -194,6 +194,20 @@ class FastFlow(NetworkDetector["FastFlowNet"]):
     def backbones(self) -> tuple[BackboneWeights, ...]:
         return (self.extractor.weights,) if self.extractor.weights else ()
 
+    @classmethod
+    def require_graph(cls, config: FastFlowConfig) -> None:
+        if config.tiles is not None:
+            raise ConfigurationError(
+                "a FastFlow that scores in tiles has no graph to export: train it without --enable_patch_inference"
+            )
+
+    def graph(self) -> torch.nn.Module:
+        from patchcore.methods.graphs import FlowGraph
+
+        flows = self._require_fitted()
+        self.require_graph(self.config)
+        return FlowGraph(self.config, self.extractor, flows, self.preprocessing.imagesize_px)
+
     def configuration(self) -> dict[str, Any]:
         return config_to_dict(self.config)
 

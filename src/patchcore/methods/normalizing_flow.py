@@ -82,6 +82,16 @@ class FlowStep(AllInOneBlock):
         )
         return result, log_det + log_scale.sum()
 
+    @torch.no_grad()
+    def folded(self) -> FoldedStep:
+        """Return what a step computes with once its weights are fixed."""
+        scale, offset, log_scale, gain, bias = (value.flatten() for value in self._global())
+        first, first_bias, last, last_bias = self.subnet.weights(gain, bias)
+        changed = slice(len(scale), None)
+        return FoldedStep(
+            first, first_bias, last, last_bias, scale, offset, float(self.clamp), log_scale[changed], self.order
+        )
+
     @property
     def order_with_ones(self) -> torch.Tensor:
         """`order` for matrices with a row of ones behind the passive half; int64 [C + 1]."""
@@ -113,6 +123,33 @@ class FlowStep(AllInOneBlock):
         gain = COEFFICIENT_SCALE * torch.cat((torch.ones_like(active_scale), active_scale))
         bias = torch.cat((torch.zeros_like(active_offset), active_offset))
         return passive_scale[:, None], passive_offset[:, None], scale.log()[:, None], gain, bias
+
+
+@dataclass(frozen=True)
+class FoldedStep:
+    """A flow step as two convolutions and what belongs to channels: P that pass, A that are changed, C = P + A.
+
+    Attributes:
+        first: [hidden, P, k, k], the convolution before the ReLU.
+        first_bias: [hidden].
+        last: [2 A, hidden, k, k], the convolution that gives log-factors before their tanh, then shifts.
+        last_bias: [2 A].
+        scale: [P], of the channels that pass.
+        offset: [P].
+        clamp: Bound of the log-factors.
+        log_scale: [A], added to the log-factors.
+        order: int64 [C], the permutation that ends the step.
+    """
+
+    first: torch.Tensor
+    first_bias: torch.Tensor
+    last: torch.Tensor
+    last_bias: torch.Tensor
+    scale: torch.Tensor
+    offset: torch.Tensor
+    clamp: float
+    log_scale: torch.Tensor
+    order: torch.Tensor
 
 
 @dataclass(frozen=True)

@@ -347,6 +347,16 @@ class PatchCore(AnomalyDetector):
         weights = self.embedder.extractor.weights
         return (weights,) if weights else ()
 
+    @classmethod
+    def require_graph(cls, config: PatchCoreConfig) -> None:
+        """Let every model pass."""
+
+    def graph(self) -> torch.nn.Module:
+        from patchcore.methods.graphs import PatchCoreGraph
+
+        self._require_fitted()
+        return PatchCoreGraph([self], [(0.0, 1.0)])
+
     def configuration(self) -> dict[str, Any]:
         return config_to_dict(self.config)
 

@@ -71,23 +71,28 @@ def anomaly_maps(patch_scores: torch.Tensor, imagesize: int, sigma_px: float = S
     Source: Roth et al. (CVPR 2022), section 3.3.
     """
     _, height, width = patch_scores.shape
-    rows = _axis_matrix(height, imagesize, sigma_px).to(patch_scores.device)
-    columns = _axis_matrix(width, imagesize, sigma_px).to(patch_scores.device)
+    rows = axis_matrix(height, imagesize, sigma_px).to(patch_scores.device)
+    columns = axis_matrix(width, imagesize, sigma_px).to(patch_scores.device)
     return rows @ patch_scores.float() @ columns.T  # [B, S, S]
 
 
 def smoothed(maps: torch.Tensor, sigma_px: float) -> torch.Tensor:
     """Smooth maps float [B, H, W] with a Gaussian of standard deviation `sigma_px`; the border pixels go on outside."""
     _, height, width = maps.shape
-    rows, columns = (_axis_matrix(length, length, sigma_px).to(maps.device) for length in (height, width))
+    rows, columns = (axis_matrix(length, length, sigma_px).to(maps.device) for length in (height, width))
     return rows @ maps.float() @ columns.T
 
 
+def upsampling_matrix(length: int, size: int) -> torch.Tensor:
+    """Return the float64 [size, length] matrix that resizes bilinearly along one axis."""
+    identity = torch.eye(length, dtype=torch.float64)[:, None]  # [n, 1, n]
+    return F.interpolate(identity, size=size, mode="linear", align_corners=False)[:, 0].T
+
+
 @functools.lru_cache(maxsize=64)
-def _axis_matrix(num_patches: int, imagesize: int, sigma_px: float) -> torch.Tensor:
+def axis_matrix(num_patches: int, imagesize: int, sigma_px: float) -> torch.Tensor:
     """Return the [S, num_patches] matrix that upsamples and smooths along one axis."""
-    identity = torch.eye(num_patches, dtype=torch.float64)[:, None]  # [n, 1, n]
-    upsampled = F.interpolate(identity, size=imagesize, mode="linear", align_corners=False)  # [n, 1, S]
+    upsampled = upsampling_matrix(num_patches, imagesize).T[:, None]  # [n, 1, S]
     radius = int(4 * sigma_px + 0.5)  # where scipy's gaussian_filter, used by the original, cuts the kernel
     offsets = torch.arange(-radius, radius + 1, dtype=torch.float64)
     kernel = torch.exp(-0.5 * (offsets / sigma_px) ** 2)

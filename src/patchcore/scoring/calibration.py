@@ -49,12 +49,17 @@ class ScoreScale:
         Returns:
             float64, same shape.
         """
-        width = THRESHOLD_STDS * self.std
-        if width <= NEGLIGIBLE_SPREAD * abs(self.threshold):  # all normal images score alike, but for rounding
-            width = abs(self.threshold) or 1.0
-        z = (np.asarray(scores, dtype=np.float64) - self.threshold) / width
+        z = (np.asarray(scores, dtype=np.float64) - self.threshold) / self.width
         tail = 0.5 / (1 + np.abs(z))  # 0.5 * (1 + z / (1 + |z|)) without its cancellation far below the threshold
         return np.where(z < 0, tail, 1 - tail)
+
+    @property
+    def width(self) -> float:
+        """Unit of normalised scores: above the threshold by this much is 0.75, below it 0.25."""
+        width = THRESHOLD_STDS * self.std
+        if width <= NEGLIGIBLE_SPREAD * abs(self.threshold):  # all normal images score alike, but for rounding
+            return abs(self.threshold) or 1.0
+        return width
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
@@ -27,8 +29,13 @@ def post_processed(maps: torch.Tensor, images: torch.Tensor, config: PostProcess
     if config.smoothing == "gaussian":
         maps = smoothed(maps, config.smoothing_px)
     elif config.smoothing == "guided":
-        maps = guided_filter(maps, gray(images.to(maps.device)), max(1, round(config.smoothing_px)))
+        maps = guided_filter(maps, gray(images.to(maps.device)), guide_radius_px(config))
     return robust_z_scores(maps) if config.adaptive_normalization else maps
+
+
+def guide_radius_px(config: PostProcessingConfig) -> int:
+    """Return the radius of the guided filter's windows."""
+    return max(1, round(config.smoothing_px))
 
 
 def gray(images: torch.Tensor) -> torch.Tensor:
@@ -77,13 +84,19 @@ def _box_mean(values: torch.Tensor, radius: int) -> torch.Tensor:
     return F.avg_pool2d(rows, (1, size), 1, (0, radius), count_include_pad=False)[:, 0]
 
 
-def robust_z_scores(maps: torch.Tensor) -> torch.Tensor:
+def row_medians(values: torch.Tensor) -> torch.Tensor:
+    """Return the medians [B, 1] of values [B, N], the lower of two."""
+    return values.median(dim=1, keepdim=True).values
+
+
+def robust_z_scores(maps: torch.Tensor, medians: Callable[[torch.Tensor], torch.Tensor] = row_medians) -> torch.Tensor:
     """Measure each map from its own median, in units of its own spread.
 
     What raises a whole image, such as another exposure, cancels. So does a defect that covers half of it.
 
     Args:
         maps: float [B, H, W].
+        medians: What computes medians, as `row_medians` does.
 
     Returns:
         float [B, H, W]: about standard normal where the map of a normal image would be.
@@ -91,7 +104,7 @@ def robust_z_scores(maps: torch.Tensor) -> torch.Tensor:
     Source: the robust z-score of Iglewicz & Hoaglin, "How to Detect and Handle Outliers" (1993).
     """
     flat = maps.flatten(1)
-    centred = flat - flat.median(dim=1, keepdim=True).values
-    spread = NORMAL_MAD * centred.abs().median(dim=1, keepdim=True).values
+    centred = flat - medians(flat)
+    spread = NORMAL_MAD * medians(centred.abs())
     floor = MIN_SPREAD * flat.abs().amax(dim=1, keepdim=True)
     return (centred / torch.maximum(spread, floor).clamp(min=torch.finfo(maps.dtype).tiny)).view_as(maps)
