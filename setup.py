@@ -18,6 +18,7 @@ OFFLINE = [
 ]
 WANDB = ["wandb>=0.28.2"]  # before, a server that is down is retried for ever
 TENSORBOARD = ["tensorboard>=2.18"]  # before, it breaks with numpy 2
+DISTRIBUTED = ["ray>=2.50"]
 WEB = ["gradio>=6.31"]  # as of 6.31, it takes Pillow 12 at most
 NOTEBOOKS = ["ipykernel>=6.29", "nbclient>=0.10", "nbformat>=5.10"]
 BROWSER = ["selenium>=4.20"]
@@ -44,11 +45,13 @@ setup(
     package_data={
         "patchcore.presets": ["*.json"],
         "patchcore.presets.published": ["*.csv", "*.json"],
+        "patchcore.presets.sweeps": ["*.yaml"],
         "patchcore.report_html": ["*.css", "*.j2", "*.js"],
     },
     install_requires=[
         "FrEIA>=0.2",
         "Jinja2>=3.1",
+        "PyYAML>=6",
         "click>=8.1",
         "matplotlib>=3.8",
         "numpy>=1.26",
@@ -68,6 +71,7 @@ setup(
         "wandb": WANDB,
         "tensorboard": TENSORBOARD,
         "web": WEB,
-        "dev": [*DEV, *BROWSER, *NOTEBOOKS, *WANDB, *TENSORBOARD, *WEB],
+        "distributed": DISTRIBUTED,
+        "dev": [*DEV, *BROWSER, *NOTEBOOKS, *WANDB, *TENSORBOARD, *WEB, *DISTRIBUTED],
     },
 )

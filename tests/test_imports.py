@@ -36,11 +36,17 @@ ALLOWED = {
     "inference": {"batch_halving", "datasets", "evaluation", "prediction", "scoring", "storage"},
     "model_update": {"inference", "memory", "methods", "prediction", "scoring", "storage"},
     "stored_models": {"prediction", "storage"},
+    "launching": set(),
+    "class_jobs": {"class_run", "methods", "storage"},
+    "run_record": {"class_jobs", "class_run", "evaluation", "resuming", "storage", "tracking"},
     "pipeline": {
         "calibration_data",
         "class_data",
+        "class_jobs",
         "class_run",
+        "launching",
         "resuming",
+        "run_record",
         "stored_models",
         "methods",
         "datasets",
@@ -81,13 +87,14 @@ ONE_HOME = {
     "fastapi": "web.py",
     "gradio": "web.py",
     "matplotlib": "evaluation/plots/",
+    "ray": "launching/ray_cluster.py",
     "starlette": "web.py",
     "timm": "features/backbones.py",
     "torchvision": "features/backbones.py",
     "uvicorn": "web.py",
     "wandb": "tracking.py",
 }
-OPTIONAL = {"faiss-cpu", "gradio", "wandb"}  # extras
+OPTIONAL = {"faiss-cpu", "gradio", "ray", "wandb"}  # extras
 BROUGHT_BY_GRADIO = {"fastapi", "starlette", "uvicorn"}  # which is built on them
 DISTRIBUTION = {
     "PIL": "pillow",
@@ -95,6 +102,7 @@ DISTRIBUTION = {
     "skimage": "scikit-image",
     "sklearn": "scikit-learn",
     "faiss": "faiss-cpu",
+    "yaml": "PyYAML",
 }
 
 

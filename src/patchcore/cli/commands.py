@@ -9,10 +9,11 @@ from typing import Any
 import click
 
 from patchcore.cli.grammar import EXIT_FAILED, announce, quiet_libraries
-from patchcore.cli.steps import CALIBRATION_OPTION, RUNTIME_OPTIONS, THRESHOLD_OPTIONS, TRACKING_OPTIONS
+from patchcore.cli.steps import CALIBRATION_OPTION, LAUNCH_OPTIONS, RUNTIME_OPTIONS, THRESHOLD_OPTIONS, TRACKING_OPTIONS
 from patchcore.configs import (
     DatasetConfig,
     EpochConfig,
+    LaunchConfig,
     OutputConfig,
     RunConfig,
     RuntimeConfig,
@@ -64,6 +65,7 @@ def run_options(
         CALIBRATION_OPTION,
         *THRESHOLD_OPTIONS,
         *TRACKING_OPTIONS,
+        *LAUNCH_OPTIONS,
     )
 
 
@@ -85,6 +87,11 @@ def run_config(
     validation_path: str | None,
     log_online: bool,
     tensorboard: bool,
+    launcher: str,
+    workers: int | None,
+    ray_address: str | None,
+    gpus_per_task: float | None,
+    cpus_per_task: int | None,
     epochs: EpochConfig | None = None,
 ) -> RunConfig:
     """Return the run that `run_options` describe; `epochs` is None for methods without any."""
@@ -101,6 +108,7 @@ def run_config(
         runtime=RuntimeConfig(device, gpus, threads),
         tracking=TrackingConfig(log_online, tensorboard),
         epochs=epochs or EpochConfig(),
+        launch=LaunchConfig(launcher, workers, ray_address, gpus_per_task, cpus_per_task),
     )
 
 
