@@ -56,6 +56,7 @@ ALLOWED = {
     },
     "comparison": {"storage", "evaluation", "presets", "report_html"},
     "report_html": {"datasets", "evaluation"},
+    "sweep": {"comparison", "datasets", "evaluation", "pipeline", "presets", "resuming", "storage"},
     "presets": set(),
     "tracking": set(),
     "exploration": {"datasets", "evaluation", "storage"},
@@ -77,6 +78,7 @@ CLI_CALLBACKS_MAY_IMPORT = {
     "exploration",
     "inference",
     "model_update",
+    "sweep",
     "web",
 }
 ONE_HOME = {
@@ -93,6 +95,7 @@ ONE_HOME = {
     "torchvision": "features/backbones.py",
     "uvicorn": "web.py",
     "wandb": "tracking.py",
+    "yaml": "sweep/definition.py",
 }
 OPTIONAL = {"faiss-cpu", "gradio", "ray", "wandb"}  # extras
 BROUGHT_BY_GRADIO = {"fastapi", "starlette", "uvicorn"}  # which is built on them

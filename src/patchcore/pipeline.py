@@ -91,7 +91,7 @@ def train_and_evaluate(
         _require_visible(executor, run, dataset)
         configs = {category: config_of(category) for category in categories}
         identities = {seed: _identity(method, configs, run, dataset, seed) for seed in run.seeds}
-        outputs = _possible_outputs(method, run.outputs)
+        outputs = possible_outputs(method, run.outputs)
         row_names = {category: run_folder.row_name(dataset.name, category) for category in categories}
         folders = {seed: parent / seed_folder_name(run, seed) for seed in run.seeds if run.skip_existing}
         reopened = reopen(folders, identities, stack)
@@ -202,7 +202,7 @@ def _run_anywhere(run: RunConfig) -> RunConfig:
     return replace(run, validation_path=None if path is None else os.path.abspath(path))
 
 
-def _possible_outputs(method: str, outputs: OutputConfig) -> OutputConfig:
+def possible_outputs(method: str, outputs: OutputConfig) -> OutputConfig:
     """Leave out what takes anomaly maps where a method has none: a run that goes on must not look for it."""
     if DETECTORS[method].has_maps:
         return outputs

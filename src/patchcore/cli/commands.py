@@ -21,7 +21,7 @@ from patchcore.configs import (
     TrackingConfig,
     require_at_least,
 )
-from patchcore.configs.typed import TypedSetting
+from patchcore.configs.typed import TypedRun, TypedSetting
 from patchcore.runtime import log_to_console
 
 SAVE_MODEL_OPTION = click.option("--save_model", is_flag=True, help="One model folder per class.")
@@ -118,6 +118,17 @@ def prepare_console() -> None:
     quiet_libraries()
 
 
+class CollectedRuns:
+    """As the object of click's context, takes the runs that commands describe, which then do no work.
+
+    Attributes:
+        runs: One for each command.
+    """
+
+    def __init__(self) -> None:
+        self.runs: list[TypedRun] = []
+
+
 def train(method: str, config_of: Callable[[str], Any], run: RunConfig, dataset: DatasetConfig) -> int:
     """Train and evaluate a method on every class and return the exit code.
 
@@ -128,6 +139,10 @@ def train(method: str, config_of: Callable[[str], Any], run: RunConfig, dataset:
         dataset: What to read.
     """
     prepare_console()
+    context = click.get_current_context(silent=True)
+    if context is not None and isinstance(context.find_root().obj, CollectedRuns):
+        context.find_root().obj.runs.append(TypedRun(method, config_of, run, dataset))
+        return 0
     from patchcore.pipeline import train_and_evaluate
 
     return 0 if train_and_evaluate(method, config_of, run, dataset, announce) else EXIT_FAILED
