@@ -61,6 +61,7 @@ bench-full: bench
 	$(BIN)/python benchmarks/search.py --data "$(or $(DATA),demo/data)" --category "$(CATEGORY)"
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/growth.py
+	$(BIN)/python benchmarks/launchers.py $(MEASURED)
 	$(BIN)/python benchmarks/fastflow.py
 	$(BIN)/python benchmarks/fastflow_tiles.py
 

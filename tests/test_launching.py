@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 import signal
 import subprocess
@@ -288,3 +289,23 @@ def test_the_launcher_is_no_part_of_the_result() -> None:
     assert not LaunchConfig(workers=2).is_in_process and not LaunchConfig("ray").is_in_process
     with open_executor(LaunchConfig(), RuntimeConfig()) as executor:
         assert executor.is_in_process
+
+
+# ---------------------------------------------------------------- the benchmark
+
+
+def test_the_overhead_of_a_further_task_by_hand(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
+    benchmark = importlib.import_module("launchers")
+    alone, ray = benchmark.Launch("alone", (), 1), benchmark.Launch("Ray", ("--launcher", "ray"), 1)
+    twice = benchmark.Launch("two", ("--workers", "2"), 1, 2)
+    times = [benchmark.Times(2, 10), benchmark.Times(8, 16.8), benchmark.Times(3, 7.4)]
+    lines = benchmark.rows(list(zip([alone, ray, twice], times, strict=True)))
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    assert cells[0] == ["alone", "2.0 s", "10.0 s", "1.00 s", "", ""]
+    assert cells[1][3:] == ["1.10 s", "+10.0%", "<= 10%"]
+    assert cells[2][3:] == ["0.55 s", "+10.0%", ""]  # two at once: twice the time for as many
+    for launch in benchmark.launches(2):
+        typed = benchmark.command(launch, tmp_path / "data", "plate", tmp_path / "out", 9)
+        assert typed.count("--seed") == 9 and typed[2] == str(tmp_path / "out")
+        assert "data" in invoke(run_patchcore, *typed[2:]).err  # read to its end: there are none

@@ -88,7 +88,8 @@ def train_and_evaluate(
         typed_device = run.runtime.device
         runtime, device = executor.settle(run.runtime)
         run = replace(run, runtime=runtime)
-        _require_visible(executor, run, dataset)
+        if not executor.is_in_process:
+            _require_visible(executor, run, dataset)
         configs = {category: config_of(category) for category in categories}
         identities = {seed: _identity(method, configs, run, dataset, seed) for seed in run.seeds}
         outputs = possible_outputs(method, run.outputs)
