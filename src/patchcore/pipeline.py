@@ -14,7 +14,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from patchcore.datasets.registry import dataset_class
 from patchcore.detector import DETECTORS, DetectorBuilder
 from patchcore.errors import ConfigurationError
 from patchcore.launching import Executor, InThisProcess, Job, open_executor
-from patchcore.resuming import finished_classes, new_folder, reopen
+from patchcore.resuming import Earlier, finished_classes, new_folder, reopen
 from patchcore.run_record import Announce, RunRecord, write_seed_table
 from patchcore.runtime import (
     progress,
@@ -97,7 +97,8 @@ def train_and_evaluate(
         folders = {seed: parent / seed_folder_name(run, seed) for seed in run.seeds if run.skip_existing}
         reopened = reopen(folders, identities, stack)
         earlier = {seed: finished_classes(folder, row_names, outputs) for seed, folder in reopened.items()}
-        left = [c for c in categories if any(earlier.get(seed, {}).get(c) is None for seed in run.seeds)]
+        to_do = [(seed, c) for seed in run.seeds for c in categories if earlier.get(seed, {}).get(c) is None]
+        left = [c for c in categories if any(c == category for _, category in to_do)]
         require_calibration_images(run, replace(dataset, categories=tuple(left)), DETECTORS[method].has_maps)
         # Not for classes that are finished: what they were trained with may take long to load. Workers load it anew,
         # after it is known to be there.
@@ -105,41 +106,79 @@ def train_and_evaluate(
         warn_without_gpu(typed_device, device)
         if outputs != run.outputs:
             LOGGER.warning("%s has no anomaly maps: neither pictures nor raw maps are written", method)
-        if not executor.is_in_process:
-            builders = {}
-
-        def begin(seed: int) -> RunRecord:
-            name = seed_folder_name(run, seed)
-            folder = reopened.get(seed) or new_folder(parent, name, run.skip_existing, stack)
-            if run_folder.is_unused(folder):
-                run_folder.write_run_config(folder, identities[seed], _environment(device))
-            if not executor.is_in_process:  # a worker that is lost or ended leaves what it was writing
-                stack.callback(remove_unfinished, folder)
-            seedless = run_folder.group_without_seed(run.log_group)  # seeds of several commands belong together too
-            tracker = open_tracker(run.tracking, folder, run.log_project, seedless, identities[seed])
-            task = ClassTask(folder, dataset, outputs, device, run.epochs, name)
-            record = RunRecord(task, earlier.get(seed, {}), tracker, _environment(device), announce)
-            return stack.enter_context(record)
-
-        def job(seed: int, task: ClassTask, category: str) -> Job:
-            process: Callable[[str], ClassResult]
-            if executor.is_in_process:
-                log = task.folder / RUN_LOG
-                process = functools.partial(train_class, task, seed=seed, builders=builders, run=run)
-            else:
-                task = _anywhere(task)
-                log = worker_log(task.folder, category, seed)
-                process = TrainInWorker(task, seed, method, configs[category], _run_anywhere(run))
-            name = f"{category}, seed {seed}" if len(run.seeds) > 1 else category
-            return Job((seed, category), name, log, ClassJob(task, category, process, log))
-
-        finished = _run_seeds(executor, run.seeds, begin, job, len(run.seeds) * len(categories))
+        training = _Training(
+            method, configs, run, dataset, outputs, device, identities, reopened, earlier, announce, stack,
+            builders if executor.is_in_process else None,
+        )  # fmt: skip
+        finished = _run_seeds(executor, run.seeds, training.begin, training.job, len(to_do))
         if len(run.seeds) > 1:
             stem = f"{run_folder.group_without_seed(run.log_group)}_seeds"
             exact = parent / f"{stem}.csv"
             path = exact if run.skip_existing else run_folder.free_file(parent, stem, ".csv")
             write_seed_table(path, [record.results for record in finished], announce)
     return not any(record.failures for record in finished)
+
+
+@dataclass(frozen=True)
+class _Training:
+    """A run that has been checked: opens its folders, and makes its tasks.
+
+    Attributes:
+        method: Name in the registry of detectors.
+        configs: Configuration of each class.
+        run: What was asked for, threads and precision settled.
+        dataset: What to read, its classes named.
+        outputs: The optional files that the method can leave.
+        device: Where tasks compute.
+        identities: What makes two runs the same, of each seed.
+        reopened: The folders that are taken over from an earlier call.
+        earlier: What it has finished, of each seed.
+        announce: Receives the lines meant for the user.
+        stack: Holds folders, trackers and locks until the end.
+        builders: What makes the detector of each class in this process; None where tasks run in others.
+    """
+
+    method: str
+    configs: Mapping[str, Any]
+    run: RunConfig
+    dataset: DatasetConfig
+    outputs: OutputConfig
+    device: torch.device
+    identities: Mapping[int, dict[str, Any]]
+    reopened: Mapping[int, Path]
+    earlier: Mapping[int, Earlier]
+    announce: Announce
+    stack: ExitStack
+    builders: Mapping[str, DetectorBuilder] | None
+
+    def begin(self, seed: int) -> RunRecord:
+        """Open the run folder of a seed."""
+        run, identity = self.run, self.identities[seed]
+        name = seed_folder_name(run, seed)
+        parent = Path(run.results_path) / run.log_project
+        folder = self.reopened.get(seed) or new_folder(parent, name, run.skip_existing, self.stack)
+        if run_folder.is_unused(folder):
+            run_folder.write_run_config(folder, identity, _environment(self.device))
+        if self.builders is None:  # a worker that is lost or ended leaves what it was writing
+            self.stack.callback(remove_unfinished, folder)
+        seedless = run_folder.group_without_seed(run.log_group)  # seeds of several commands belong together too
+        tracker = open_tracker(run.tracking, folder, run.log_project, seedless, identity)
+        task = ClassTask(folder, self.dataset, self.outputs, self.device, run.epochs, name)
+        record = RunRecord(task, self.earlier.get(seed, {}), tracker, _environment(self.device), self.announce)
+        return self.stack.enter_context(record)
+
+    def job(self, seed: int, task: ClassTask, category: str) -> Job:
+        """Return the task of a class."""
+        process: Callable[[str], ClassResult]
+        if self.builders is not None:
+            log = task.folder / RUN_LOG
+            process = functools.partial(train_class, task, seed=seed, builders=self.builders, run=self.run)
+        else:
+            task = _anywhere(task)
+            log = worker_log(task.folder, category, seed)
+            process = TrainInWorker(task, seed, self.method, self.configs[category], _run_anywhere(self.run))
+        name = f"{category}, seed {seed}" if len(self.run.seeds) > 1 else category
+        return Job((seed, category), name, log, ClassJob(task, category, process, log))
 
 
 def _run_seeds(
@@ -156,7 +195,7 @@ def _run_seeds(
         seeds: In order.
         begin: Opens the run folder of a seed, when the first of its tasks is about to begin.
         job: Makes the task of a class.
-        num_jobs: Tasks at most, for the bar.
+        num_jobs: How many there are, for the bar.
 
     Returns:
         The record of each seed.

@@ -57,6 +57,7 @@ class RunRecord:
         self._outcomes: dict[str, ClassResult | str] = {}
         self._missing = set(self.left)
         self._stack = ExitStack()
+        self._is_finished = False
         announce(f"results: {task.folder}")
         with self._logged():
             LOGGER.debug("%s", environment)
@@ -69,8 +70,9 @@ class RunRecord:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        with self._logged():
-            self._stack.__exit__(kind, error, traceback)
+        if not self._is_finished:
+            with self._logged():
+                self._stack.__exit__(kind, error, traceback)
 
     def _logged(self) -> AbstractContextManager[None]:
         return log_to_file(self.task.folder / RUN_LOG)
@@ -135,6 +137,7 @@ class RunRecord:
         """Close the trackers, and print the table, where the pictures are, what failed, and the run folder last."""
         with self._logged():
             self._tracker.log_mean(run_folder.mean_metrics(self.results))
+            self._is_finished = True
             self._stack.close()
         self._announce_results()
 
