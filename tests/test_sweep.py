@@ -60,6 +60,7 @@ def plan(done: Finished) -> dict[str, list[str]]:
     return {row[0]: row[1:] for row in rows[: [row[0] for row in rows].index("all") + 1]}
 
 
+@pytest.mark.slow  # draws the comparison of two seeds
 def test_a_sweep_does_what_is_missing_and_compares_all(data: Path, tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     planned = sweep(tiny, data, out, "--dry_run")
