@@ -62,6 +62,7 @@ bench-full: bench
 	$(BIN)/python benchmarks/export.py $(MEASURED)
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/growth.py
+	$(BIN)/python benchmarks/launchers.py $(MEASURED)
 	$(BIN)/python benchmarks/fastflow.py
 	$(BIN)/python benchmarks/fastflow_tiles.py
 

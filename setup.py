@@ -18,6 +18,7 @@ OFFLINE = [
 ]
 WANDB = ["wandb>=0.28.2"]  # before, a server that is down is retried for ever
 TENSORBOARD = ["tensorboard>=2.18"]  # before, it breaks with numpy 2
+DISTRIBUTED = ["ray>=2.50"]
 WEB = ["gradio>=6.31"]  # as of 6.31, it takes Pillow 12 at most
 ONNX = [
     "onnx>=1.17",
@@ -51,11 +52,13 @@ setup(
     package_data={
         "patchcore.presets": ["*.json"],
         "patchcore.presets.published": ["*.csv", "*.json"],
+        "patchcore.presets.sweeps": ["*.yaml"],
         "patchcore.report_html": ["*.css", "*.j2", "*.js"],
     },
     install_requires=[
         "FrEIA>=0.2",
         "Jinja2>=3.1",
+        "PyYAML>=6",
         "click>=8.1",
         "matplotlib>=3.8",
         "numpy>=1.26",
@@ -76,6 +79,7 @@ setup(
         "tensorboard": TENSORBOARD,
         "web": WEB,
         "onnx": ONNX,
-        "dev": [*DEV, *BROWSER, *NOTEBOOKS, *WANDB, *TENSORBOARD, *WEB, *ONNX],
+        "distributed": DISTRIBUTED,
+        "dev": [*DEV, *BROWSER, *NOTEBOOKS, *WANDB, *TENSORBOARD, *WEB, *ONNX, *DISTRIBUTED],
     },
 )

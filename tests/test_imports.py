@@ -37,11 +37,17 @@ ALLOWED = {
     "model_export": {"datasets", "inference", "prediction", "storage"},
     "model_update": {"inference", "memory", "methods", "prediction", "scoring", "storage"},
     "stored_models": {"prediction", "storage"},
+    "launching": set(),
+    "class_jobs": {"class_run", "methods", "storage"},
+    "run_record": {"class_jobs", "class_run", "evaluation", "resuming", "storage", "tracking"},
     "pipeline": {
         "calibration_data",
         "class_data",
+        "class_jobs",
         "class_run",
+        "launching",
         "resuming",
+        "run_record",
         "stored_models",
         "methods",
         "datasets",
@@ -51,6 +57,7 @@ ALLOWED = {
     },
     "comparison": {"storage", "evaluation", "presets", "report_html"},
     "report_html": {"datasets", "evaluation"},
+    "sweep": {"comparison", "datasets", "evaluation", "pipeline", "presets", "resuming", "storage"},
     "presets": set(),
     "tracking": set(),
     "exploration": {"datasets", "evaluation", "storage"},
@@ -73,6 +80,7 @@ CLI_CALLBACKS_MAY_IMPORT = {
     "inference",
     "model_export",
     "model_update",
+    "sweep",
     "web",
 }
 ONE_HOME = {
@@ -85,13 +93,15 @@ ONE_HOME = {
     "matplotlib": "evaluation/plots/",
     "onnx": "storage/export",
     "onnxruntime": "storage/export_int8.py",
+    "ray": "launching/ray_cluster.py",
     "starlette": "web.py",
     "timm": "features/backbones.py",
     "torchvision": "features/backbones.py",
     "uvicorn": "web.py",
     "wandb": "tracking.py",
+    "yaml": "sweep/definition.py",
 }
-OPTIONAL = {"faiss-cpu", "gradio", "onnx", "onnxruntime", "wandb"}  # extras
+OPTIONAL = {"faiss-cpu", "gradio", "onnx", "onnxruntime", "ray", "wandb"}  # extras
 BROUGHT_BY_GRADIO = {"fastapi", "starlette", "uvicorn"}  # which is built on them
 DISTRIBUTION = {
     "PIL": "pillow",
@@ -99,6 +109,7 @@ DISTRIBUTION = {
     "skimage": "scikit-image",
     "sklearn": "scikit-learn",
     "faiss": "faiss-cpu",
+    "yaml": "PyYAML",
 }
 
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import platform
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import patchcore
 import patchcore.methods  # enters every detector into the registry
 from patchcore.calibration_data import require_calibration_images
 from patchcore.class_data import open_dataset
+from patchcore.class_jobs import RUN_LOG, ClassJob, TrainInWorker, limited, worker_log
 from patchcore.class_run import ClassTask, evaluate_class, train_class
 from patchcore.config_json import config_to_dict
 from patchcore.configs import (
@@ -35,12 +37,12 @@ from patchcore.configs import (
 from patchcore.datasets.inspection import DatasetSplit, resolve_categories
 from patchcore.datasets.registry import dataset_class
 from patchcore.detector import DETECTORS, DetectorBuilder
-from patchcore.errors import ConfigurationError, DataError
-from patchcore.evaluation.report import false_alarm_report, text_table
-from patchcore.failures import reason
-from patchcore.resuming import Earlier, finished_classes, new_folder, remove_checkpoint, reopen
+from patchcore.errors import ConfigurationError
+from patchcore.launching import Executor, InThisProcess, Job, open_executor
+from patchcore.resuming import Earlier, finished_classes, new_folder, reopen
+from patchcore.run_record import Announce, RunRecord, write_seed_table
 from patchcore.runtime import (
-    log_to_file,
+    progress,
     reset_peak_memory,
     resolve_device,
     resolve_precision,
@@ -48,15 +50,13 @@ from patchcore.runtime import (
     warn_without_gpu,
 )
 from patchcore.storage import run_folder
+from patchcore.storage.files import remove_unfinished
 from patchcore.storage.run_folder import ClassResult
 from patchcore.stored_models import TypedModel, match_models, open_models
 from patchcore.tracking import Tracker, open_tracker, require_trackers
 
 LOGGER = logging.getLogger(__name__)
 
-TABLE_COLUMNS = ("instance_auroc", "full_pixel_auroc", "full_pro", "image_f1_max", "precision", "recall")
-
-Announce = Callable[[str], None]
 ConfigOf = Callable[[str], Any]
 
 
@@ -83,80 +83,174 @@ def train_and_evaluate(
     require_trackers(run.tracking, run.log_project)
     parent = Path(run.results_path) / run.log_project
     run_folder.require_writable(parent)
-    set_threads(run.runtime.threads)
-    device = resolve_device(run.runtime.device, run.runtime.gpus, warn=False)
-    run = replace(run, runtime=replace(run.runtime, precision=resolve_precision(run.runtime.precision, device)))
-    configs = {category: config_of(category) for category in categories}
-    identities = {seed: _identity(method, configs, run, dataset, seed) for seed in run.seeds}
-    outputs = _possible_outputs(method, run.outputs)
-    row_names = {category: run_folder.row_name(dataset.name, category) for category in categories}
-    with ExitStack() as locks:
-        folders = {seed: parent / _group(run, seed) for seed in run.seeds if run.skip_existing}
-        reopened = reopen(folders, identities, locks)
+    with ExitStack() as stack:
+        executor = stack.enter_context(open_executor(run.launch, run.runtime))
+        typed_device = run.runtime.device
+        runtime, device = executor.settle(run.runtime)
+        run = replace(run, runtime=runtime)
+        if not executor.is_in_process:
+            _require_visible(executor, run, dataset)
+        configs = {category: config_of(category) for category in categories}
+        identities = {seed: _identity(method, configs, run, dataset, seed) for seed in run.seeds}
+        outputs = possible_outputs(method, run.outputs)
+        row_names = {category: run_folder.row_name(dataset.name, category) for category in categories}
+        folders = {seed: parent / seed_folder_name(run, seed) for seed in run.seeds if run.skip_existing}
+        reopened = reopen(folders, identities, stack)
         earlier = {seed: finished_classes(folder, row_names, outputs) for seed, folder in reopened.items()}
-        left = [c for c in categories if any(earlier.get(seed, {}).get(c) is None for seed in run.seeds)]
+        to_do = [(seed, c) for seed in run.seeds for c in categories if earlier.get(seed, {}).get(c) is None]
+        left = [c for c in categories if any(c == category for _, category in to_do)]
         require_calibration_images(run, replace(dataset, categories=tuple(left)), DETECTORS[method].has_maps)
-        # Not for classes that are finished: what they were trained with may take long to load.
-        runtime = _limited(run.runtime)
-        builders = _prepare(method, {c: configs[c] for c in left}, dataset.preprocessing, runtime)
-        warn_without_gpu(run.runtime.device, device)
+        # Not for classes that are finished: what they were trained with may take long to load. Workers load it anew,
+        # after it is known to be there.
+        builders = _prepare(method, {c: configs[c] for c in left}, dataset.preprocessing, limited(run.runtime))
+        warn_without_gpu(typed_device, device)
         if outputs != run.outputs:
             LOGGER.warning("%s has no anomaly maps: neither pictures nor raw maps are written", method)
-        finished: list[list[ClassResult]] = []
-        complete = True
-        for number, (seed, identity) in enumerate(identities.items(), start=1):
-            if len(identities) > 1:
-                LOGGER.info("seed %d (%d of %d)", seed, number, len(identities))
-            folder = reopened.get(seed) or new_folder(parent, _group(run, seed), run.skip_existing, locks)
-            if run_folder.is_unused(folder):
-                run_folder.write_run_config(folder, identity, _environment(device))
-            task = ClassTask(folder, dataset, outputs, device, run.epochs, _group(run, seed))
-            process = functools.partial(train_class, task, seed=seed, builders=builders, run=run)
-            results, failures = _run_seed(task, process, earlier.get(seed, {}), run, identity, announce)
-            finished.append(results)
-            complete = complete and not failures
+        training = _Training(
+            method, configs, run, dataset, outputs, device, identities, reopened, earlier, announce, stack,
+            builders if executor.is_in_process else None,
+        )  # fmt: skip
+        finished = _run_seeds(executor, run.seeds, training.begin, training.job, len(to_do))
         if len(run.seeds) > 1:
-            _write_seed_table(parent, run, finished, announce)
-    return complete
+            stem = f"{run_folder.group_without_seed(run.log_group)}_seeds"
+            exact = parent / f"{stem}.csv"
+            path = exact if run.skip_existing else run_folder.free_file(parent, stem, ".csv")
+            write_seed_table(path, [record.results for record in finished], announce)
+    return not any(record.failures for record in finished)
 
 
-def _run_seed(
-    task: ClassTask,
-    process: Callable[[str], ClassResult],
-    earlier: Earlier,
-    run: RunConfig,
-    identity: dict[str, Any],
-    announce: Announce,
-) -> tuple[list[ClassResult], dict[str, str]]:
-    """Do in one run folder what is left; returns what `_process_classes` does."""
-    announce(f"results: {task.folder}")
-    seedless = run_folder.group_without_seed(run.log_group)  # seeds of several commands belong together too
-    with (
-        log_to_file(task.folder / "run.log"),
-        open_tracker(run.tracking, task.folder, run.log_project, seedless, identity) as tracker,
-    ):
-        results, failures = _process_classes(task, process, earlier, tracker)
-        tracker.log_mean(run_folder.mean_metrics(results))
-    _announce_results(task.folder, task.outputs, results, failures, announce)
-    return results, failures
+@dataclass(frozen=True)
+class _Training:
+    """A run that has been checked: opens its folders, and makes its tasks.
+
+    Attributes:
+        method: Name in the registry of detectors.
+        configs: Configuration of each class.
+        run: What was asked for, threads and precision settled.
+        dataset: What to read, its classes named.
+        outputs: The optional files that the method can leave.
+        device: Where tasks compute.
+        identities: What makes two runs the same, of each seed.
+        reopened: The folders that are taken over from an earlier call.
+        earlier: What it has finished, of each seed.
+        announce: Receives the lines meant for the user.
+        stack: Holds folders, trackers and locks until the end.
+        builders: What makes the detector of each class in this process; None where tasks run in others.
+    """
+
+    method: str
+    configs: Mapping[str, Any]
+    run: RunConfig
+    dataset: DatasetConfig
+    outputs: OutputConfig
+    device: torch.device
+    identities: Mapping[int, dict[str, Any]]
+    reopened: Mapping[int, Path]
+    earlier: Mapping[int, Earlier]
+    announce: Announce
+    stack: ExitStack
+    builders: Mapping[str, DetectorBuilder] | None
+
+    def begin(self, seed: int) -> RunRecord:
+        """Open the run folder of a seed."""
+        run, identity = self.run, self.identities[seed]
+        name = seed_folder_name(run, seed)
+        parent = Path(run.results_path) / run.log_project
+        folder = self.reopened.get(seed) or new_folder(parent, name, run.skip_existing, self.stack)
+        if run_folder.is_unused(folder):
+            run_folder.write_run_config(folder, identity, _environment(self.device))
+        if self.builders is None:  # a worker that is lost or ended leaves what it was writing
+            self.stack.callback(remove_unfinished, folder)
+        seedless = run_folder.group_without_seed(run.log_group)  # seeds of several commands belong together too
+        tracker = open_tracker(run.tracking, folder, run.log_project, seedless, identity)
+        task = ClassTask(folder, self.dataset, self.outputs, self.device, run.epochs, name)
+        record = RunRecord(task, self.earlier.get(seed, {}), tracker, _environment(self.device), self.announce)
+        return self.stack.enter_context(record)
+
+    def job(self, seed: int, task: ClassTask, category: str) -> Job:
+        """Return the task of a class."""
+        process: Callable[[str], ClassResult]
+        if self.builders is not None:
+            log = task.folder / RUN_LOG
+            process = functools.partial(train_class, task, seed=seed, builders=self.builders, run=self.run)
+        else:
+            task = _anywhere(task)
+            log = worker_log(task.folder, category, seed)
+            process = TrainInWorker(task, seed, self.method, self.configs[category], _run_anywhere(self.run))
+        name = f"{category}, seed {seed}" if len(self.run.seeds) > 1 else category
+        return Job((seed, category), name, log, ClassJob(task, category, process, log))
 
 
-def _possible_outputs(method: str, outputs: OutputConfig) -> OutputConfig:
+def _run_seeds(
+    executor: Executor,
+    seeds: Sequence[int],
+    begin: Callable[[int], RunRecord],
+    job: Callable[[int, ClassTask, str], Job],
+    num_jobs: int,
+) -> list[RunRecord]:
+    """Do every class of every seed: the one loop, whatever executes it.
+
+    Args:
+        executor: Does the tasks.
+        seeds: In order.
+        begin: Opens the run folder of a seed, when the first of its tasks is about to begin.
+        job: Makes the task of a class.
+        num_jobs: How many there are, for the bar.
+
+    Returns:
+        The record of each seed.
+    """
+    records: dict[int, RunRecord] = {}
+
+    def jobs() -> Iterator[Job]:
+        for number, seed in enumerate(seeds, start=1):
+            if len(seeds) > 1:
+                LOGGER.info("seed %d (%d of %d)", seed, number, len(seeds))
+            record = records[seed] = begin(seed)
+            if not record.left:
+                record.finish()
+            for category in record.left:
+                yield job(seed, record.task, category)
+
+    hidden = executor.is_in_process  # which shows a bar for each class
+    with closing(executor.run(jobs())) as ended, progress(None, "classes", num_jobs, hidden) as bar:
+        for end in ended:
+            seed, category = end.key
+            loss = [(logging.ERROR, f"{category} failed: {end.lost}")] if end.lost else []
+            if records[seed].add(category, end.lost or end.value, [*end.messages, *loss]):
+                records[seed].finish()
+            bar.update()
+    return [records[seed] for seed in seeds]
+
+
+def _require_visible(executor: Executor, run: RunConfig, dataset: DatasetConfig) -> None:
+    """Raise ConfigurationError unless the images, and the folder that results go to, are there wherever tasks run."""
+    data = [Path(path) for path in (dataset.path, run.validation_path) if path is not None]
+    images = [path / category for path in data for category in dataset.categories]
+    with run_folder.write_probe(Path(run.results_path) / run.log_project) as probe:
+        executor.require_visible([*data, *images, probe])
+
+
+def _anywhere(task: ClassTask) -> ClassTask:
+    """Return a task that means the same in a process with another working directory."""
+    dataset = replace(task.dataset, path=os.path.abspath(task.dataset.path))
+    return replace(task, folder=task.folder.absolute(), dataset=dataset)
+
+
+def _run_anywhere(run: RunConfig) -> RunConfig:
+    path = run.validation_path
+    return replace(run, validation_path=None if path is None else os.path.abspath(path))
+
+
+def possible_outputs(method: str, outputs: OutputConfig) -> OutputConfig:
     """Leave out what takes anomaly maps where a method has none: a run that goes on must not look for it."""
     if DETECTORS[method].has_maps:
         return outputs
     return replace(outputs, segmentation_images=False, anomaly_maps=False)
 
 
-def _limited(runtime: RuntimeConfig) -> RuntimeConfig:
-    """Give the search no more threads than --threads: faiss sets a number that torch shares, and would undo it."""
-    workers = runtime.faiss_num_workers
-    if workers is None or runtime.threads is None:
-        return runtime
-    return replace(runtime, faiss_num_workers=min(workers, runtime.threads))
-
-
-def _group(run: RunConfig, seed: int) -> str:
+def seed_folder_name(run: RunConfig, seed: int) -> str:
+    """Return the name of the run folder of a seed, but for a number that is appended where it is taken."""
     return run.log_group if len(run.seeds) == 1 else run_folder.seed_group(run.log_group, seed)
 
 
@@ -220,111 +314,6 @@ def _environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _process_classes(
-    task: ClassTask, process: Callable[[str], ClassResult], earlier: Earlier, tracker: Tracker
-) -> tuple[list[ClassResult], dict[str, str]]:
-    """Process every class, writing the tables after each, so that an interrupted run keeps what it has.
-
-    Args:
-        task: The run.
-        process: What is done for a class.
-        earlier: What an earlier call left, for --skip_existing.
-        tracker: Gets the numbers of each class.
-
-    Returns:
-        Results of the finished classes, and the reason for each failed one by row name.
-    """
-    outcomes: dict[str, ClassResult | str] = {}
-    LOGGER.debug("%s", _environment(task.device))
-    row_names = {category: task.row_name(category) for category in task.dataset.categories}
-    if earlier:  # an interruption must not take finished classes out of the tables
-        outcomes = {row_name: earlier.get(category) or "not done yet" for category, row_name in row_names.items()}
-        run_folder.write_tables(task.folder, outcomes)
-    for step, (category, row_name) in enumerate(row_names.items()):
-        known = earlier.get(category)
-        if known is None:
-            if category in earlier:
-                LOGGER.warning("%s: finished before, but files of it are gone: done anew", category)
-            outcomes[row_name] = _outcome(task, category, process)
-            run_folder.write_tables(task.folder, outcomes)
-        elif isinstance(known, ClassResult):
-            LOGGER.info("%s: finished before, skipped", category)
-            remove_checkpoint(task.checkpoint(category))  # which a kill right after the record has left
-        else:
-            LOGGER.error("%s failed: %s", category, known)
-        outcome = outcomes[row_name]
-        if isinstance(outcome, ClassResult):
-            tracker.log_class(step, outcome)
-    results = [outcome for outcome in outcomes.values() if isinstance(outcome, ClassResult)]
-    return results, {name: outcome for name, outcome in outcomes.items() if isinstance(outcome, str)}
-
-
-def _outcome(task: ClassTask, category: str, process: Callable[[str], ClassResult]) -> ClassResult | str:
-    """Process one class and return its result, or why it failed."""
-    LOGGER.debug("%s begins", category)
-    try:
-        # A record says that all files are whole, which ends with the first that is written anew.
-        run_folder.remove_class_result(task.folder, task.row_name(category))
-        return process(category)
-    except DataError as error:
-        LOGGER.error("%s failed: %s", category, error)
-        return str(error)
-    except Exception as error:  # a defect met in one class must not lose the others
-        why = reason(error)
-        LOGGER.exception("%s failed: %s (traceback in %s)", category, why, task.folder / "run.log")
-        return why
-    except BaseException as error:
-        LOGGER.debug("%s ended by %s", category, type(error).__name__)
-        raise
-
-
-def _announce_results(
-    folder: Path,
-    outputs: OutputConfig,
-    results: Sequence[ClassResult],
-    failures: dict[str, str],
-    announce: Announce,
-) -> None:
-    """Print the table of a run, where its pictures are, what failed, and the run folder last."""
-    rows = [(r.row_name, r.metrics) for r in results]
-    if len(results) > 1:
-        rows.append((run_folder.MEAN_ROW, run_folder.mean_metrics(results)))
-    cells = [[name, *(_short(m[c]) for c in TABLE_COLUMNS)] for name, m in rows]
-    if results:
-        announce(text_table((run_folder.ROW_NAMES, *TABLE_COLUMNS), cells))
-    alarms = {r.row_name: r.false_alarms for r in results if r.false_alarms}
-    if alarms:
-        announce(false_alarm_report(run_folder.ROW_NAMES, alarms))
-    if outputs.models and results:
-        announce(f"models: {folder / 'models'}")
-    if outputs.segmentation_images and results:
-        announce(f"pictures: {folder / 'segmentation_images'}")
-    for name, why in failures.items():
-        announce(f"failed: {name}: {why}")
-    announce(f"results: {folder}")
-
-
-def _short(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
-
-
-def _short_with_std(mean: float | None, std: float | None) -> str:
-    return _short(mean) if std is None else f"{_short(mean)} ± {std:.4f}"
-
-
-def _write_seed_table(
-    parent: Path, run: RunConfig, finished: Sequence[Sequence[ClassResult]], announce: Announce
-) -> None:
-    """Write mean and standard deviation over seeds beside the run folders, under a name not yet taken."""
-    stem = f"{run_folder.group_without_seed(run.log_group)}_seeds"
-    path = run_folder.free_file(parent, stem, ".csv") if not run.skip_existing else parent / f"{stem}.csv"
-    statistics = run_folder.seed_statistics(finished)
-    run_folder.write_seed_table(path, statistics)
-    cells = [[s.row_name, *(_short_with_std(*s.columns[c]) for c in TABLE_COLUMNS)] for s in statistics]
-    announce(text_table((run_folder.ROW_NAMES, *TABLE_COLUMNS), cells))
-    announce(f"mean and standard deviation over {len(finished)} seeds: {path}")
-
-
 def load_and_evaluate(
     methods: Sequence[str],
     model_paths: Sequence[str],
@@ -364,7 +353,7 @@ def load_and_evaluate(
     set_threads(runtime.threads)
     device = resolve_device(runtime.device, runtime.gpus, warn=False)
     runtime = replace(runtime, precision=resolve_precision(runtime.precision, device))
-    models = open_models(matched, _limited(runtime))
+    models = open_models(matched, limited(runtime))
     warn_without_gpu(runtime.device, device)
     folder = run_folder.claim_folder(target.parent, target.name)
     task = ClassTask(folder, dataset, outputs, device)
@@ -376,7 +365,6 @@ def load_and_evaluate(
         **_precision(runtime),
     }
     run_folder.write_run_config(folder, identity, _environment(device))
-    announce(f"results: {folder}")
 
     def process(category: str) -> ClassResult:
         reset_peak_memory()
@@ -385,7 +373,10 @@ def load_and_evaluate(
         test.check_files(detector.smallest_side_px)
         return evaluate_class(task, category, detector, test, {})
 
-    with log_to_file(folder / "run.log"):
-        results, failures = _process_classes(task, process, {}, Tracker([]))
-    _announce_results(folder, outputs, results, failures, announce)
-    return not failures
+    def job(seed: int, task: ClassTask, category: str) -> Job:
+        log = task.folder / RUN_LOG
+        return Job((seed, category), category, log, ClassJob(task, category, process, log))
+
+    with RunRecord(task, {}, nullcontext(Tracker([])), _environment(device), announce) as record:
+        _run_seeds(InThisProcess(), [0], lambda _: record, job, len(matched))
+    return not record.failures

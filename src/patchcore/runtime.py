@@ -39,7 +39,7 @@ PRECISION_TYPES = {"bf16": "bfloat16", "fp16": "float16"}  # as torch calls them
 FAST_ON_CPU = {"bf16": "amx_bf16", "fp16": "amx_fp16"}  # tile units; without them the vector units are no faster
 
 
-def progress(iterable: Iterable[T] | None, description: str, total: int | None = None) -> Any:
+def progress(iterable: Iterable[T] | None, description: str, total: int | None = None, hidden: bool = False) -> Any:
     """Wrap an iterable in a progress bar with time left.
 
     The bar appears after a second, so that short loops stay silent, and is redrawn seldom where standard
@@ -49,6 +49,7 @@ def progress(iterable: Iterable[T] | None, description: str, total: int | None =
         iterable: What to iterate over; None gives a bar to `update` by hand.
         description: What is going on, shown before the bar.
         total: Number of steps where `iterable` cannot tell.
+        hidden: Show nothing.
 
     Returns:
         A tqdm bar: iterable, context manager, with `update(n)`.
@@ -66,6 +67,7 @@ def progress(iterable: Iterable[T] | None, description: str, total: int | None =
         leave=not terminal,  # in a log a bar is left, because only then it ends its line
         position=None if terminal else 0,  # bars within bars move the cursor, which a log shows as escape codes
         dynamic_ncols=True,
+        disable=hidden,
     )
 
 

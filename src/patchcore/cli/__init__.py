@@ -13,4 +13,5 @@ from patchcore.cli.patchcore import load_and_evaluate_patchcore as load_and_eval
 from patchcore.cli.patchcore import run_patchcore as run_patchcore
 from patchcore.cli.predict import predict as predict
 from patchcore.cli.serve import serve_demo as serve_demo
+from patchcore.cli.sweep import run_sweep as run_sweep
 from patchcore.cli.update_model import update_model as update_model

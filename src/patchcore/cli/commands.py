@@ -9,10 +9,11 @@ from typing import Any
 import click
 
 from patchcore.cli.grammar import EXIT_FAILED, announce, quiet_libraries
-from patchcore.cli.steps import CALIBRATION_OPTION, RUNTIME_OPTIONS, THRESHOLD_OPTIONS, TRACKING_OPTIONS
+from patchcore.cli.steps import CALIBRATION_OPTION, LAUNCH_OPTIONS, RUNTIME_OPTIONS, THRESHOLD_OPTIONS, TRACKING_OPTIONS
 from patchcore.configs import (
     DatasetConfig,
     EpochConfig,
+    LaunchConfig,
     OutputConfig,
     RunConfig,
     RuntimeConfig,
@@ -20,7 +21,7 @@ from patchcore.configs import (
     TrackingConfig,
     require_at_least,
 )
-from patchcore.configs.typed import TypedSetting
+from patchcore.configs.typed import TypedRun, TypedSetting
 from patchcore.runtime import log_to_console
 
 SAVE_MODEL_OPTION = click.option("--save_model", is_flag=True, help="One model folder per class.")
@@ -64,6 +65,7 @@ def run_options(
         CALIBRATION_OPTION,
         *THRESHOLD_OPTIONS,
         *TRACKING_OPTIONS,
+        *LAUNCH_OPTIONS,
     )
 
 
@@ -85,6 +87,11 @@ def run_config(
     validation_path: str | None,
     log_online: bool,
     tensorboard: bool,
+    launcher: str,
+    workers: int | None,
+    ray_address: str | None,
+    gpus_per_task: float | None,
+    cpus_per_task: int | None,
     epochs: EpochConfig | None = None,
 ) -> RunConfig:
     """Return the run that `run_options` describe; `epochs` is None for methods without any."""
@@ -101,6 +108,7 @@ def run_config(
         runtime=RuntimeConfig(device, gpus, threads),
         tracking=TrackingConfig(log_online, tensorboard),
         epochs=epochs or EpochConfig(),
+        launch=LaunchConfig(launcher, workers, ray_address, gpus_per_task, cpus_per_task),
     )
 
 
@@ -108,6 +116,17 @@ def prepare_console() -> None:
     """Send the toolkit's own log to the terminal, and nobody else's."""
     log_to_console()
     quiet_libraries()
+
+
+class CollectedRuns:
+    """As the object of click's context, takes the runs that commands describe, which then do no work.
+
+    Attributes:
+        runs: One for each command.
+    """
+
+    def __init__(self) -> None:
+        self.runs: list[TypedRun] = []
 
 
 def train(method: str, config_of: Callable[[str], Any], run: RunConfig, dataset: DatasetConfig) -> int:
@@ -120,6 +139,10 @@ def train(method: str, config_of: Callable[[str], Any], run: RunConfig, dataset:
         dataset: What to read.
     """
     prepare_console()
+    context = click.get_current_context(silent=True)
+    if context is not None and isinstance(context.find_root().obj, CollectedRuns):
+        context.find_root().obj.runs.append(TypedRun(method, config_of, run, dataset))
+        return 0
     from patchcore.pipeline import train_and_evaluate
 
     return 0 if train_and_evaluate(method, config_of, run, dataset, announce) else EXIT_FAILED

@@ -33,11 +33,12 @@ from patchcore.cli.training_options import DEFAULT_CHECKPOINT_EVERY, EPOCH_OPTIO
 from patchcore.cli.typed_dataset import TypedDataset
 from patchcore.cli.typed_fastflow import TypedFastFlow
 from patchcore.config_json import config_to_dict
-from patchcore.configs import EpochConfig, FastFlowConfig, PreprocessingConfig, RunConfig, ThresholdRule
+from patchcore.configs import LOCAL, EpochConfig, FastFlowConfig, PreprocessingConfig, RunConfig, ThresholdRule
 
 LOGGER = logging.getLogger(__name__)
 
 NOT_TRAINED = "stored models are not trained again"
+STORED_HERE = "stored models are evaluated in this process"
 
 
 @click.group(
@@ -94,6 +95,8 @@ def _refuse_training_options(run: RunConfig) -> None:
     refuse("--validation_data", run.validation_path, None, "the thresholds of a stored model are its own")
     refuse("--eval_every", run.epochs.eval_every, None, NOT_TRAINED)
     refuse("--checkpoint_every", run.epochs.checkpoint_every, DEFAULT_CHECKPOINT_EVERY, NOT_TRAINED)
+    refuse("--launcher", run.launch.launcher, LOCAL, STORED_HERE)
+    refuse("--workers", run.launch.workers, None, STORED_HERE)
     refuse("--log_online", run.tracking.wandb, False, "trackers follow runs that train")
     refuse("--tensorboard", run.tracking.tensorboard, False, "trackers follow runs that train")
 

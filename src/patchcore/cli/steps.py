@@ -10,6 +10,8 @@ import click
 from patchcore.configs import (
     BACKBONE_PRECISIONS,
     CALIBRATION_METHODS,
+    LAUNCHERS,
+    LOCAL,
     RESIZE_MODES,
     DatasetConfig,
     PreprocessingConfig,
@@ -84,6 +86,30 @@ THRESHOLD_OPTIONS: tuple[Callable[[Any], Any], ...] = (
 TRACKING_OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option("--log_online", is_flag=True, help="Send the numbers to Weights & Biases, project --log_project."),
     click.option("--tensorboard", is_flag=True, help="Write the numbers as TensorBoard event files."),
+)
+
+
+LAUNCH_OPTIONS: tuple[Callable[[Any], Any], ...] = (
+    click.option(
+        "--launcher",
+        type=click.Choice(LAUNCHERS),
+        default=LOCAL,
+        show_default=True,
+        help="Where the tasks of a run, one per class and seed, execute: on this machine or on a Ray cluster.",
+    ),
+    click.option(
+        "--workers",
+        type=int,
+        default=None,
+        help="Processes of --launcher local; of several --gpu each gets one. If left out, this process does it all.",
+    ),
+    click.option(
+        "--ray_address", default=None, help="Ray cluster, HOST:PORT or auto; one is started here if left out."
+    ),
+    click.option(
+        "--gpus_per_task", type=float, default=None, help="GPUs of a Ray task; 1 if left out and the cluster has any."
+    ),
+    click.option("--cpus_per_task", type=int, default=None, help="Cores of a Ray task; --threads if left out, else 1."),
 )
 
 

@@ -34,6 +34,7 @@ from patchcore.configs.fastflow import (
     TileConfig,
     TrainingConfig,
 )
+from patchcore.configs.launching import LAUNCHERS, LOCAL, RAY, LaunchConfig
 from patchcore.configs.patchcore import (
     EMBEDDINGS,
     INDEXES,
@@ -61,12 +62,15 @@ __all__ = [
     "EMBEDDINGS",
     "IMAGE_SCORES",
     "INDEXES",
+    "LAUNCHERS",
+    "LOCAL",
     "MAP_MODES",
     "MAX_LIST_LENGTH",
     "MAX_SEED",
     "NORMALIZATIONS",
     "PATCH_SCORES",
     "PRECISIONS",
+    "RAY",
     "RESIZE_MODES",
     "SCHEDULES",
     "SCORE_NORMALIZATIONS",
@@ -81,6 +85,7 @@ __all__ = [
     "EpochConfig",
     "FastFlowConfig",
     "FeatureAutoencoderConfig",
+    "LaunchConfig",
     "OutputConfig",
     "PatchCoreConfig",
     "PostProcessingConfig",

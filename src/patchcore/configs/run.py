@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass, field
 
 from patchcore.configs.checks import require_at_least, require_choice
+from patchcore.configs.launching import LaunchConfig
 from patchcore.configs.thresholds import F1, MEAN_3_STD, ThresholdRule
 from patchcore.errors import ConfigurationError
 
@@ -116,6 +117,7 @@ class RunConfig:
         runtime: Device and threads.
         tracking: Experiment trackers.
         epochs: What happens between the epochs of a training.
+        launch: Where the tasks of the run, one per class and seed, execute.
     """
 
     results_path: str
@@ -130,8 +132,10 @@ class RunConfig:
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     epochs: EpochConfig = field(default_factory=EpochConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
 
     def __post_init__(self) -> None:
+        self.launch.require_machine(self.runtime.device, self.runtime.gpus, self.runtime.threads)
         require_choice("calibration", self.calibration, CALIBRATION_METHODS)
         self._require_rule_with_data()
         if not self.results_path.strip():

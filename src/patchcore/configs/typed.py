@@ -1,9 +1,13 @@
-"""Options that are typed for stored models, whose own configuration rules."""
+"""What was typed: options for stored models, whose own configuration rules, and whole commands that train."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+from patchcore.configs.data import DatasetConfig
+from patchcore.configs.run import RunConfig
 
 ANY_VALUE = object()
 """The value of an option that agrees with every model that has the part named; one without it contradicts."""
@@ -35,3 +39,20 @@ def shown_value(value: Any) -> str:
     if value is None:
         return "none"
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+@dataclass(frozen=True)
+class TypedRun:
+    """A command that trains, as it was typed.
+
+    Attributes:
+        method: Name in the registry of detectors.
+        config_of: Configuration of the method for a class.
+        run: Where to write, seeds and outputs.
+        dataset: What to read.
+    """
+
+    method: str
+    config_of: Callable[[str], Any]
+    run: RunConfig
+    dataset: DatasetConfig

@@ -13,6 +13,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -140,10 +141,24 @@ def free_file(parent: Path, stem: str, suffix: str) -> Path:
 def require_writable(folder: Path) -> None:
     """Raise ConfigurationError unless `folder` exists or can be created, and can be written; leaves no trace."""
     try:
-        existing = next(p for p in (folder, *folder.parents) if p.exists())
-        Path(tempfile.mkdtemp(dir=existing, prefix=".write_test")).rmdir()
+        with write_probe(folder):
+            pass
     except OSError as error:
         raise ConfigurationError(f"results path {str(folder)!r} cannot be written ({error.strerror})") from error
+
+
+@contextmanager
+def write_probe(folder: Path) -> Iterator[Path]:
+    """Make an empty folder in `folder` or the nearest folder above it that exists, for as long as the context lasts.
+
+    Whoever sees it under the same path writes to the same place.
+    """
+    existing = next(p for p in (folder, *folder.parents) if p.exists())
+    probe = Path(tempfile.mkdtemp(dir=existing, prefix=".write_test"))
+    try:
+        yield probe
+    finally:
+        probe.rmdir()
 
 
 def require_output_folder(out: Path) -> None:
