@@ -72,6 +72,11 @@ def test_a_task_whose_process_is_killed_is_done_anew_and_the_others_go_on(
     assert all(ended[number].value > 0 for number in range(2, 6))
 
 
+def test_no_more_processes_are_prepared_than_there_are_tasks(tmp_path: Path) -> None:
+    ended = list(LocalProcesses(10**9).run(jobs(tmp_path, own_process)))
+    assert len(ended) == 1 and list(LocalProcesses(10**9).run(iter(()))) == []
+
+
 def test_what_a_task_raises_ends_the_run(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError, match="a defect"):
         list(LocalProcesses(2).run(jobs(tmp_path, raise_error, own_process)))

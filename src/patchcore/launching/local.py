@@ -62,7 +62,7 @@ class LocalProcesses:
 
     def run(self, jobs: Iterable[Job]) -> Generator[Ended, None, None]:
         waiting = iter(jobs)
-        workers = [_Worker(self._gpus[i % len(self._gpus)]) for i in range(self.workers)]
+        workers: list[_Worker] = []
         running: dict[Future[Reply], _Attempt] = {}
 
         def start_next(worker: _Worker) -> None:
@@ -71,8 +71,9 @@ class LocalProcesses:
                 running[worker.submit(job)] = _Attempt(worker, job)
 
         try:
-            for worker in workers:
-                start_next(worker)
+            while len(workers) < self.workers and len(running) == len(workers):  # no more than there are tasks
+                workers.append(_Worker(self._gpus[len(workers) % len(self._gpus)]))
+                start_next(workers[-1])
             while running:
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     attempt = running.pop(future)
