@@ -26,7 +26,7 @@ from patchcore.cli import (
 
 def test_the_readme_states_how_many_cases_run() -> None:
     modules = sorted(path.stem for path in Path(__file__).parent.glob("test_fuzz_*.py"))
-    stated = re.search(r"at\s+least\s+([0-9,]+)\s+generated\s+cases", (REPOSITORY / "README.md").read_text("utf-8"))
+    stated = re.search(r"At\s+least\s+([0-9,]+)\s+generated\s+cases", (REPOSITORY / "README.md").read_text("utf-8"))
     assert stated is not None
     numbers = {name: importlib.import_module(name).CASES.at_least for name in modules}
     assert int(stated[1].replace(",", "")) == sum(numbers.values()), numbers
