@@ -131,14 +131,14 @@ def test_workers_end_with_the_process_that_started_them(tmp_path: Path, sent: si
         os.killpg(process.pid, sent)  # as a terminal does, workers included
     else:
         process.send_signal(sent)
-    error = process.communicate(timeout=60)[1]
+    error = process.communicate(timeout=600)[1]
     assert process.returncode == code
     wait_for(lambda: not any(map(is_alive, workers)))
     if sent is not signal.SIGKILL:
         assert len(error.splitlines()) == 1 and error.startswith("error: ")
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 600) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end

@@ -65,7 +65,7 @@ def start(arguments: list[str]) -> subprocess.Popen[str]:
     )
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 600) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
@@ -91,7 +91,7 @@ def test_tables_are_complete_and_equal_although_a_node_is_killed(data: Path, tmp
         # A log is there from when its task begins: with two of them both nodes are at work.
         wait_for(lambda: process.poll() is not None or len(logs(tmp_path)) >= 2)
         cluster.remove_node(cluster.list_all_nodes()[1], allow_graceful=False)
-        _, err = process.communicate(timeout=300)
+        _, err = process.communicate(timeout=600)
     finally:
         process.kill()
     assert process.returncode == 0, err
