@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -71,7 +72,7 @@ def read_header(path: Path, typed: Mapping[str, Any] | None = None) -> ModelHead
     Raises:
         ConfigurationError: It is missing or damaged.
     """
-    if not path.exists():
+    if not os.path.exists(path):  # unlike Path.exists, also of names that are too long for any file
         raise ConfigurationError(
             f"model {str(path)!r} not found, expected a model folder (models/<data set>_<class> of a run) or a file of "
             "torch.save"
