@@ -17,6 +17,7 @@ from PIL import Image
 from patchcore.datasets.images import crop_image, place, read_image
 from patchcore.detector import AnomalyDetector
 from patchcore.evaluation.metrics import image_metrics
+from patchcore.model_export import ExportJob, export_model
 from patchcore.prediction import open_detector
 
 pytestmark = pytest.mark.slow
@@ -74,7 +75,7 @@ def trained(request: pytest.FixtureRequest, real_data: Path, tmp_path_factory: p
     results, data = tmp_path_factory.mktemp(category), real_data / dataset / category
     run_script(
         "run_patchcore.py", "--device", "cpu", "--save_patchcore_model", results, "patch_core", *METHOD, *SAMPLER,
-        "dataset", "--batch_size", BATCH_SIZE, "-d", category, dataset, data.parent,
+        "dataset", "--batch_size", BATCH_SIZE, "--limit_train", 54, "-d", category, dataset, data.parent,
     )  # fmt: skip
     folder = results / "project" / "group" / "models" / f"{dataset}_{category}"
     detector = open_detector(folder, torch.device("cpu"))
@@ -103,7 +104,7 @@ def test_every_test_image_scores_as_in_the_toolkit(trained: Trained, exported: P
 def test_a_file_that_resizes_by_itself(trained: Trained, tmp_path: Path) -> None:
     """Its deviation is stated in the README."""
     out = tmp_path / "any_size.onnx"
-    run_script("export_model.py", trained.folder, "--out", out, "--resize_in_graph")
+    export_model(ExportJob(trained.folder, out, resize_in_graph=True), print)
     whole = [np.asarray(read_image(path)).transpose(2, 0, 1)[None] for path in trained.paths]
     found = run_onnx(out, whole, 1)
     np.testing.assert_allclose(found["score"], trained.scores, rtol=0.01)
@@ -114,11 +115,8 @@ def test_a_file_that_resizes_by_itself(trained: Trained, tmp_path: Path) -> None
 def test_a_file_in_8_bits(trained: Trained, exported: Path, tmp_path: Path) -> None:
     """The ranges are learned from images of the training; what it costs is stated in the README."""
     out = tmp_path / "int8.onnx"
-    training_images = trained.data / "train" / "good"
-    run_script(
-        "export_model.py", trained.folder, "--out", out, "--precision", "int8", "--calibration_images", training_images
-    )
-    assert out.stat().st_size < exported.stat().st_size / 3
+    export_model(ExportJob(trained.folder, out, calibration_images=(str(trained.data / "train" / "good"),)), print)
+    assert out.stat().st_size < exported.stat().st_size / 2
     found = run_onnx(out, trained.images, BATCH_SIZE)
     assert abs(trained.auroc(found["score"]) - trained.auroc(trained.scores)) <= 0.01
     assert float(np.median(np.abs(found["score"] / trained.scores - 1))) <= 0.02
