@@ -3,7 +3,7 @@
     python benchmarks/export.py --data /path/to/mpdd --category metal_plate
 
 prints a line for the toolkit and for each file: images in memory, resized and cropped, in batches of 1 and 8. Ranges of
-int8 are learned from training images.
+int8 are learned from training images. A second table says what it changes that a file resizes and crops itself.
 """
 
 from __future__ import annotations
@@ -19,13 +19,19 @@ import onnx
 import onnxruntime
 import torch
 from material import BATCH_SIZE, Material, Settings, alternating, demo_data, timed
+from PIL import Image
 
+from patchcore.datasets.images import crop_image, place, read_image
+from patchcore.datasets.inspection import DatasetSplit
 from patchcore.errors import ConfigurationError, DataError
 from patchcore.evaluation.metrics import image_metrics, pixel_metrics
 from patchcore.model_export import CALIBRATION_IMAGES, exported_model
-from patchcore.runtime import set_threads
+from patchcore.runtime import progress, set_threads
 from patchcore.storage.export import INPUT, MAP, SCORE, onnx_model, write_onnx
 from patchcore.storage.export_int8 import in_8_bits
+from patchcore.storage.export_resize import with_resize
+
+ODD_SIZE = 700, 500  # width and height, px
 
 Scored = tuple[np.ndarray, np.ndarray]
 """Scores [B] and maps [B, S, S]."""
@@ -66,6 +72,41 @@ def export_table(material: Material) -> str:
         change = np.abs(scores / expected - 1).max()
         times = " | ".join(f"{1000 * of_size[name]:.1f}" for of_size in seconds.values())
         lines.append(f"| {name} | {sizes[name]} | {times} | {change:.1e} | {compared} |")
+    return "\n".join(lines)
+
+
+def resize_table(material: Material) -> str:
+    """Return a Markdown table of what it changes that a file resizes and crops itself, instead of Pillow.
+
+    The test images are taken as they are, and resampled to a size that resize and crop do not divide.
+    """
+    material.folder.mkdir(parents=True, exist_ok=True)
+    model = onnx_model(exported_model(material.fitted))
+    cropped = scorer(write_onnx(model, material.folder / "cropped.onnx")[-1], material.settings.threads)
+    whole = scorer(write_onnx(with_resize(model), material.folder / "any_size.onnx")[-1], material.settings.threads)
+    lines = [
+        "| `--resize_in_graph`, images of | change of a score, highest and median | of a map, part of its highest value | "
+        "image AUROC |",
+        "|---|---|---|---|",
+    ]
+    for what, size in (("their own size", None), (f"{ODD_SIZE[0]} x {ODD_SIZE[1]} px", ODD_SIZE)):
+        found: list[tuple[float, float]] = []
+        of_maps: list[float] = []
+        for record in progress(material.dataset(DatasetSplit.TEST).records, what):
+            image = read_image(record.path)
+            image = image if size is None else image.resize(size, Image.Resampling.BICUBIC)
+            placement = place(image.height, image.width, material.settings.preprocessing)
+            (score, anomaly_map), (own_score, own_map) = (
+                run(np.asarray(pixels).transpose(2, 0, 1)[None])
+                for run, pixels in ((cropped, crop_image(image, placement)), (whole, image))
+            )
+            found.append((float(score[0]), float(own_score[0])))
+            of_maps.append(float(np.abs(own_map - anomaly_map).max() / anomaly_map.max()))
+        scores = np.array(found)
+        changes = np.abs(scores[:, 1] / scores[:, 0] - 1)
+        aurocs = [image_metrics(column, material.labels).auroc for column in scores.T]
+        told = " and ".join("" if value is None else f"{value:.4f}" for value in aurocs)
+        lines.append(f"| {what} | {changes.max():.1e}, {np.median(changes):.1e} | {max(of_maps):.1e} | {told} |")
     return "\n".join(lines)
 
 
@@ -121,7 +162,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             data, options.category, options.category, threads=options.threads, percentage=options.percentage
         )
         with tempfile.TemporaryDirectory() as folder:
-            print(export_table(Material(settings, Path(folder))))
+            material = Material(settings, Path(folder))
+            print(f"{export_table(material)}\n\n{resize_table(material)}")
     except (ConfigurationError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -383,6 +383,9 @@ def test_the_table_of_exported_files(tiny: Any, load: Any) -> None:
     assert float(exact[5]) < 1e-5
     assert exact[6] == toolkit[6]
     assert float(int8[2]) < float(exact[2])
+    own_size, odd_size = load("export").resize_table(tiny).splitlines()[2:]
+    assert own_size.startswith("| their own size") and odd_size.startswith("| 700 x 500 px")
+    assert all(0 <= float(line.split("|")[3]) < 0.1 for line in (own_size, odd_size))
 
 
 def test_the_table_of_indexes_has_a_line_for_each(tiny: Any, load: Any) -> None:
