@@ -85,7 +85,7 @@ def resize_table(material: Material) -> str:
     cropped = scorer(write_onnx(model, material.folder / "cropped.onnx")[-1], material.settings.threads)
     whole = scorer(write_onnx(with_resize(model), material.folder / "any_size.onnx")[-1], material.settings.threads)
     lines = [
-        "| `--resize_in_graph`, images of | change of a score, highest and median | of a map, part of its highest value | "
+        "| `--resize_in_graph`, images of | change of a score, highest and median | of a map, of its highest value | "
         "image AUROC |",
         "|---|---|---|---|",
     ]
