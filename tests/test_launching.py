@@ -83,8 +83,9 @@ def test_what_a_task_raises_ends_the_run(tmp_path: Path) -> None:
 
 
 SLEEP_IN_WORKERS = """
-import functools, os, sys, time
+import functools, os, signal, sys, time
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a background job would ignore
 from patchcore.cli.grammar import run_with_exit_code
 from patchcore.launching import Job
 from patchcore.launching.local import LocalProcesses
@@ -131,14 +132,14 @@ def test_workers_end_with_the_process_that_started_them(tmp_path: Path, sent: si
         os.killpg(process.pid, sent)  # as a terminal does, workers included
     else:
         process.send_signal(sent)
-    error = process.communicate(timeout=600)[1]
+    error = process.communicate(timeout=120)[1]
     assert process.returncode == code
     wait_for(lambda: not any(map(is_alive, workers)))
     if sent is not signal.SIGKILL:
         assert len(error.splitlines()) == 1 and error.startswith("error: ")
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 600) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
