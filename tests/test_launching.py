@@ -101,6 +101,7 @@ def sleep(path):
     time.sleep(600)
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a background job would ignore
     run_with_exit_code(lambda: list(LocalProcesses(2).run(run())) and 0)
 """
 
