@@ -115,7 +115,7 @@ def clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @given(file_names(), file_names(), file_names(), st.booleans())
-@generated(45)
+@generated(35)
 def test_names(place: Path, clean: Path, category: str, defect_type: str, stem: str, explore: bool) -> None:
     """Whatever classes, defect types and images are called, the numbers are those of plain names."""
     root, out = cleared(place)
