@@ -96,6 +96,10 @@ class Desk:
             "update_model": {"update_model": [self.models["patchcore"], image, "--out", self.out / "new", *COMMON]},
             "explore_dataset": {"explore_dataset": ["mpdd", self.data, "--out", self.out, "-d", "plate"]},
             "make_demo_dataset": {"make_demo_dataset": [self.out / "demo"]},
+            "export_model": {"export_model": [self.models["patchcore"], "--out", self.out / "model.onnx"]},
+            "run_sweep": {
+                "run_sweep": ["mpdd_paper", "--data", self.data, "--out", self.out, "-d", "plate", "--dry_run"],
+            },
             "serve_demo": {"serve_demo": [self.models["patchcore"], *COMMON]},
         }  # fmt: skip
         for method in ("resnet_knn", "autoencoder", "feature_autoencoder"):
@@ -146,8 +150,10 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Desk:
 def no_work(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let commands end where work would begin that takes long: epochs, a page, a thousand rendered images."""
     monkeypatch.setattr("patchcore.web._require_gradio", lambda: (None, None))
-    for place in ("patchcore.web.open_detector", "patchcore.datasets.demo._items"):
+    processes = "patchcore.launching.local.LocalProcesses.run"  # in which none of this would hold
+    for place in (processes, "patchcore.web.open_detector", "patchcore.datasets.demo._items"):
         monkeypatch.setattr(place, begin)
+    monkeypatch.setattr("patchcore.model_export.export_model", begin)
     monkeypatch.setattr("patchcore.methods.training.Training.run", begin_class)
     yield
 
@@ -318,6 +324,7 @@ def test_words_anywhere(desk: Desk, line: str, words: list[str], where: int) -> 
         patch.setattr("patchcore.methods.training.Training.run", begin_class)
         patch.setattr("patchcore.web._require_gradio", begin)
         patch.setattr("patchcore.datasets.demo._items", begin)
+        patch.setattr("patchcore.model_export.export_model", begin)
         patch.chdir(desk.data.parent)
         done = run(COMMANDS[name], *tokens[:place], *words, *tokens[place:])
         require_clear(done, (0, 1, 2))

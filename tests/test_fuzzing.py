@@ -16,9 +16,11 @@ from fuzzing import Cases, Hang, damaged, nothing_outside, require_no_formula, r
 from patchcore.cli import (
     compare_results,
     explore_dataset,
+    export_model,
     fewshot_curve,
     make_demo_dataset,
     predict,
+    run_sweep,
     serve_demo,
     update_model,
 )
@@ -75,6 +77,9 @@ FOUND: list[tuple[click.Command, tuple[str, ...], str]] = [
     (explore_dataset, ("mpdd", "data", "--out", ""), "--out is empty"),
     (compare_results, ("run", "--out", ""), "--out is empty"),
     (fewshot_curve, ("run", "--out", ""), "--out is empty"),
+    (export_model, ("model", "--out", "a.onnx", "--threads", "0"), "--threads is 0"),
+    (export_model, ("model", "--out", ""), "--out is empty"),
+    (run_sweep, ("mpdd_paper", "--data", "data", "--out", " "), "--out is empty"),
     (make_demo_dataset, ("out", "--size", str(10**30)), "--size is 1000"),
 ]
 

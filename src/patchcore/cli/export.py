@@ -8,7 +8,8 @@ from pathlib import Path
 import click
 
 from patchcore.cli.grammar import EXIT_FAILED, OneLineErrors, announce, quiet_libraries
-from patchcore.cli.steps import with_options
+from patchcore.cli.steps import not_empty, with_options
+from patchcore.configs import RuntimeConfig
 from patchcore.errors import DataError
 from patchcore.runtime import log_to_console, set_threads
 
@@ -18,7 +19,9 @@ LOGGER = logging.getLogger(__name__)
 @click.command("export_model", cls=OneLineErrors)
 @with_options(
     click.argument("model_folder"),
-    click.option("--out", required=True, help="The new ONNX file; weights above 2 GB go to a file beside it."),
+    click.option(
+        "--out", required=True, callback=not_empty, help="The new ONNX file; weights above 2 GB go to a file beside it."
+    ),
     click.option(
         "--resize_in_graph",
         is_flag=True,
@@ -62,9 +65,10 @@ def export_model(
             "--precision int8 needs --calibration_images, images of the training, and float32 needs none: type both or "
             "none"
         )
+    runtime = RuntimeConfig(threads=threads)
     log_to_console()
     quiet_libraries()
-    set_threads(threads)
+    set_threads(runtime.threads)
     from patchcore.model_export import ExportJob
     from patchcore.model_export import export_model as export
 

@@ -37,7 +37,7 @@ def with_options(*options: Callable[[F], F]) -> Callable[[F], F]:
 def not_empty(ctx: click.Context, option: click.Parameter, path: str | None) -> str | None:
     """Refuse an empty path, which would mean the working directory; a callback of click options."""
     if path is not None and not path.strip():
-        raise click.UsageError(f"{option.opts[0]} is empty, expected the path of a folder: is a variable not set?")
+        raise click.UsageError(f"{option.opts[0]} is empty, expected a path: is a variable not set?")
     return path
 
 

@@ -12,6 +12,7 @@ from patchcore.cli.commands import CollectedRuns, prepare_console
 from patchcore.cli.fastflow import run_fastflow
 from patchcore.cli.grammar import EXIT_FAILED, OneLineErrors, announce
 from patchcore.cli.patchcore import run_patchcore
+from patchcore.cli.steps import not_empty
 from patchcore.configs.typed import TypedRun
 from patchcore.errors import ConfigurationError
 
@@ -22,8 +23,15 @@ OWN_OPTIONS = ("--log_group", "--log_project", "--eval_only", "--checkpoint", "-
 @click.command("run_sweep", cls=OneLineErrors, context_settings={"ignore_unknown_options": True})
 @click.argument("sweep")
 @click.argument("flags", nargs=-1, type=click.UNPROCESSED)
-@click.option("--data", required=True, help="DATA_PATH of every run: the folder that holds the classes.")
-@click.option("--out", required=True, help="Run folders go to OUT/<sweep>, their comparison to `comparison` there.")
+@click.option(
+    "--data", required=True, callback=not_empty, help="DATA_PATH of every run: the folder that holds the classes."
+)
+@click.option(
+    "--out",
+    required=True,
+    callback=not_empty,
+    help="Run folders go to OUT/<sweep>, their comparison to `comparison` there.",
+)
 @click.option("--only", multiple=True, help="Variant; repeatable; all if left out.")
 @click.option(
     "-d", "--subdatasets", "classes", multiple=True, help="Class; repeatable; those of the sweep if left out."
