@@ -85,7 +85,6 @@ def test_what_a_task_raises_ends_the_run(tmp_path: Path) -> None:
 SLEEP_IN_WORKERS = """
 import functools, os, signal, sys, time
 from pathlib import Path
-signal.signal(signal.SIGINT, signal.default_int_handler)  # which a background job would ignore
 from patchcore.cli.grammar import run_with_exit_code
 from patchcore.launching import Job
 from patchcore.launching.local import LocalProcesses

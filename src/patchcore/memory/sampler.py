@@ -139,10 +139,12 @@ class GreedyCoresetSampler(SubsetSampler):
         return project_features(features, generator, out)
 
     def _select(self, points: Points, generator: torch.Generator) -> torch.Tensor:
-        return greedy_selection(
+        # Nothing here refers to the distances: they need not be copied.
+        return _farthest_points(
             points,
-            self._initial_squared_distances(points, generator),
+            self._initial_squared_distances(points, generator).to(points.device, torch.float32),
             num_selected(len(points), self.percentage),
+            BLOCK_SIZE,
         )
 
     def _initial_squared_distances(self, points: Points, generator: torch.Generator) -> torch.Tensor:
@@ -160,7 +162,7 @@ class ApproximateGreedyCoresetSampler(GreedyCoresetSampler):
     def _initial_squared_distances(self, points: Points, generator: torch.Generator) -> torch.Tensor:
         """Return [N]: the squared mean Euclidean distance to the random points."""
         starts = torch.randperm(len(points), generator=generator)[:NUM_STARTING_POINTS]
-        return _mean_distances(points, points[starts.to(points.device)]).square()
+        return _mean_distances(points, points[starts.to(points.device)]).square_()
 
 
 @torch.no_grad()
@@ -198,6 +200,12 @@ def greedy_selection(
     """
     points = Points(points) if isinstance(points, torch.Tensor) else points
     distances = initial_squared_distances.to(points.device, torch.float32, copy=True)
+    return _farthest_points(points, distances, num_select, block_size)
+
+
+@torch.no_grad()
+def _farthest_points(points: Points, distances: torch.Tensor, num_select: int, block_size: int) -> torch.Tensor:
+    """Do what `greedy_selection` does, from float32 distances on the device of the points, which it overwrites."""
     num_pickable = int((distances >= 0).sum())
     if num_select > num_pickable:
         raise ValueError(f"cannot pick {num_select} of {num_pickable} points")
