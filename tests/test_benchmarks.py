@@ -129,11 +129,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture
 def small_sizes(load: Any, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The module of the stages with maps of a thumbnail, and threads where it has processes."""
+    """The module of the stages with maps of a thumbnail, measuring in this process."""
     stages: ModuleType = load("stages")
     monkeypatch.setattr(stages, "EMBEDDED_MAPS", ((24, 8), (48, 4)))
     monkeypatch.setattr(stages, "LARGE_IMAGES", 3)
-    monkeypatch.setattr(stages.multiprocessing, "get_context", lambda method: SimpleNamespace(Pool=ThreadPool))
+    monkeypatch.setattr(stages, "in_own_process", lambda function, *arguments: function(*arguments))
     return stages
 
 
