@@ -568,8 +568,8 @@ phase, name, marker, sys.argv = sys.argv[1], sys.argv[2], sys.argv[3], sys.argv[
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a background job would ignore
 progress = runtime.progress
 
-def told(iterable, description, total=None):
-    bar = progress(iterable, description, total)
+def told(iterable, description, total=None, hidden=False):
+    bar = progress(iterable, description, total, hidden)
     if phase not in description:
         return bar
     def steps():
