@@ -222,8 +222,7 @@ class AnomalyDetector(ABC):
     @classmethod
     def require_graph(cls, config: Any) -> None:
         """Raise ConfigurationError if models of this configuration have no `graph`."""
-        able = sorted(name for name, detector in DETECTORS.items() if detector.graph is not AnomalyDetector.graph)
-        raise ConfigurationError(f"a model of method {cls.method!r} has no graph, only {', '.join(able)} have")
+        raise _no_graph(cls.method)
 
     def graph(self) -> torch.nn.Module:
         """Return what `predict` computes as a module: uint8 [B, 3, S, S] to scores [B] and maps [B, S, S], float32.
@@ -232,7 +231,7 @@ class AnomalyDetector(ABC):
             NotFittedError: `fit` has not been called.
             ConfigurationError: As `require_graph`.
         """
-        raise NotImplementedError(f"{type(self).__name__}.require_graph lets a model pass that has no graph")
+        raise _no_graph(self.method)
 
     def _header(self) -> ModelHeader:
         return ModelHeader(
@@ -281,3 +280,8 @@ def require_images(images: torch.Tensor, preprocessing: PreprocessingConfig) -> 
 
 
 DetectorBuilder = Callable[[TrainingSource, torch.device], AnomalyDetector]
+
+
+def _no_graph(method: str) -> ConfigurationError:
+    able = sorted(name for name, detector in DETECTORS.items() if detector.graph is not AnomalyDetector.graph)
+    return ConfigurationError(f"a model of method {method!r} has no graph, only {', '.join(able)} have")
