@@ -19,6 +19,7 @@ from reference import HookedBackbone, ReferenceImages
 from patchcore.configs import (
     DEMO_CATEGORIES,
     BackboneConfig,
+    DatasetConfig,
     DemoConfig,
     PatchCoreConfig,
     PreprocessingConfig,
@@ -27,7 +28,7 @@ from patchcore.configs import (
     TrainingSource,
 )
 from patchcore.datasets.demo import render_demo_dataset
-from patchcore.datasets.inspection import DatasetSplit, InspectionDataset
+from patchcore.datasets.inspection import DatasetSplit, InspectionDataset, resolve_categories
 from patchcore.datasets.loader import ImageLoader
 from patchcore.datasets.mpdd import MPDDDataset
 from patchcore.detector import Prediction
@@ -90,9 +91,13 @@ class Material:
     Args:
         settings: What is measured.
         folder: Where runs, models and pictures go.
+
+    Raises:
+        ConfigurationError: There is no such class, or it has no images to train or test on.
     """
 
     def __init__(self, settings: Settings, folder: Path) -> None:
+        resolve_categories(DatasetConfig("mpdd", str(settings.data), (settings.category,)), MPDDDataset.categories)
         self.settings = settings
         self.folder = folder
         self.config = PatchCoreConfig(

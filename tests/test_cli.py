@@ -42,7 +42,8 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 OPTIONS = {  # of the issue
     "run_patchcore": "--gpu --device --threads --seed --log_group --log_project --save_segmentation_images "
     "--save_patchcore_model --save_anomaly_scores --skip_existing --calibration --threshold_rule "
-    "--validation_data --log_online --tensorboard --launcher --workers --ray_address --gpus_per_task --cpus_per_task",
+    "--validation_data --log_online --tensorboard --launcher --workers --ray_address --gpus_per_task --cpus_per_task "
+    "--shards --shard_coreset",
     "patch_core": "-b --backbone_names -le --layers_to_extract_from --pretrain_embed_dimension "
     "--target_embed_dimension --preprocessing --aggregation --anomaly_scorer_num_nn --patchsize --patchscore "
     "--patchoverlap -pa --patchsize_aggregate --faiss_on_gpu --faiss_num_workers --precision --memory_budget --weights "

@@ -298,10 +298,10 @@ def test_files_of_another_model_are_refused(folder: Path, trained: PatchCore, tm
     bank = trained.memory_bank_
     other = tmp_path / "other"
     try:
-        trained._set_bank(bank + 1)
+        trained.fit_bank(bank + 1)
         trained.save(other)
     finally:
-        trained._set_bank(bank)
+        trained.fit_bank(bank)
     for name in ("search_index.safetensors", "model.json"):
         mixed = shutil.copytree(folder, tmp_path / f"mixed {name}")
         shutil.copy(other / name, mixed / name)

@@ -13,8 +13,10 @@ import pytest
 import torch
 
 from patchcore.errors import ConfigurationError, DataError
+from patchcore.memory import greedy_selection as greedy_module
 from patchcore.memory import points as points_module
 from patchcore.memory import sampler as sampler_module
+from patchcore.memory.greedy_selection import greedy_selection
 from patchcore.memory.points import Points, project_features
 from patchcore.memory.sampler import (
     SAMPLERS,
@@ -24,7 +26,6 @@ from patchcore.memory.sampler import (
     RandomSampler,
     Sampler,
     build_sampler,
-    greedy_selection,
     num_selected,
 )
 
@@ -193,13 +194,13 @@ def test_points_close_to_the_selection_are_not_updated_with_every_pick(monkeypat
     points = torch.cat([gaussian(500, 16), 0.01 * gaussian(4500, 16, seed=2)])  # 500 scattered, the rest in one spot
     start = points.square().sum(dim=1) + 1
     num_pairs = []
-    shrink = sampler_module._shrink_distances
+    shrink = greedy_module._LazyDistances._shrink
 
-    def counted(distances: torch.Tensor, *where: Any) -> None:
-        num_pairs.append(len(where[-2]) * len(where[-1]))
-        shrink(distances, *where)
+    def counted(self: Any, numbers: torch.Tensor, picked: torch.Tensor) -> None:
+        num_pairs.append(len(numbers) * len(picked))
+        shrink(self, numbers, picked)
 
-    monkeypatch.setattr(sampler_module, "_shrink_distances", counted)
+    monkeypatch.setattr(greedy_module._LazyDistances, "_shrink", counted)
     selected = greedy_selection(points, start, 400, block_size=64)
     assert selected.tolist() == oracle_greedy(points, start, 400)
     assert sum(num_pairs) < 0.2 * len(points) * 400

@@ -23,7 +23,7 @@ from in_process import Finished, invoke, read_rows
 from small_images import PREPROCESSING, Batches, random_images
 
 import patchcore.pipeline
-from patchcore.batch_halving import PredictInMemory, fit_in_memory
+from patchcore.batch_halving import PredictInMemory, call_in_memory
 from patchcore.cli import run_patchcore
 from patchcore.cli.grammar import run_with_exit_code
 from patchcore.configs import TrainingSource
@@ -436,7 +436,7 @@ def test_out_of_memory_halves_the_batch_and_changes_no_score(error: BaseExceptio
     assert np.array_equal(np.concatenate([p.scores for p in predictions]), whole.scores)
     assert whole.maps is not None
     assert np.array_equal(np.concatenate([p.maps for p in predictions if p.maps is not None]), whole.maps)
-    fit_in_memory(detector, lambda size: SizedBatches(images, size), 8)
+    call_in_memory(detector.fit, lambda size: SizedBatches(images, size), 8, "bracket")
     assert (detector.fits, detector.seen) == (3, 11)
 
 
@@ -445,7 +445,7 @@ def test_memory_that_does_not_suffice_for_one_image_is_told_as_it_is() -> None:
     with pytest.raises(torch.OutOfMemoryError):
         PredictInMemory(detector)(random_images(4, seed=0))
     with pytest.raises(torch.OutOfMemoryError):
-        fit_in_memory(detector, lambda size: SizedBatches(random_images(4, seed=0), size), 4)
+        call_in_memory(detector.fit, lambda size: SizedBatches(random_images(4, seed=0), size), 4, "bracket")
     assert detector.sizes == [4, 2, 1, 4, 2, 1]
 
 
@@ -453,7 +453,7 @@ def test_memory_that_ends_after_the_last_batch_is_not_that_of_batches() -> None:
     detector = Frugal(-1, MEMORY_ERRORS[0])
     detector._require_room = lambda images: None  # type: ignore[method-assign]
     with pytest.raises(MemoryError):
-        fit_in_memory(detector, lambda size: SizedBatches(random_images(4, seed=0), size), 4)
+        call_in_memory(detector.fit, lambda size: SizedBatches(random_images(4, seed=0), size), 4, "bracket")
     assert detector.fits == 1
 
 

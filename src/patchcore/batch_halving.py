@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
 
@@ -12,35 +13,37 @@ from patchcore.failures import is_out_of_memory
 
 LOGGER = logging.getLogger(__name__)
 
+R = TypeVar("R")
+
 LoaderOf = Callable[[int], ImageBatches]
 """From the number of images per batch to what reads them."""
 
 
-def fit_in_memory(detector: AnomalyDetector, loader_of: LoaderOf, batch_size: int) -> None:
-    """Fit a detector, from the start with half the images per batch whenever memory does not suffice.
+def call_in_memory(function: Callable[[ImageBatches], R], loader_of: LoaderOf, batch_size: int, category: str) -> R:
+    """Call what reads images, from the start with half the images per batch whenever memory does not suffice.
 
     Args:
-        detector: What is fitted.
+        function: What reads them, such as a detector's `fit`.
         loader_of: What reads its images.
         batch_size: Images per batch to begin with.
+        category: The class, for the message.
+
+    Returns:
+        What the function returned.
 
     Raises:
         MemoryError, RuntimeError: Memory does not suffice for one image at a time, or ran out after the last batch,
             where smaller ones would change nothing.
     """
-    while not _fits(detector, _Watched(loader_of(batch_size)), batch_size):
+    while True:
+        loader = _Watched(loader_of(batch_size))
+        try:
+            return function(loader)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error) or loader.is_exhausted or batch_size == 1:
+                raise
         batch_size //= 2  # outside of the handler, whose traceback keeps the memory of what failed
-        _tell(detector, batch_size)
-
-
-def _fits(detector: AnomalyDetector, loader: _Watched, batch_size: int) -> bool:
-    try:
-        detector.fit(loader)
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error) or loader.is_exhausted or batch_size == 1:
-            raise
-        return False
-    return True
+        _tell(category, batch_size)
 
 
 class _Watched:
@@ -90,7 +93,7 @@ class PredictInMemory:
             prediction = self._attempt(images[:size], inside if inside is None else inside[:size])
             if prediction is None:
                 self._largest = size // 2
-                _tell(self.detector, self._largest)
+                _tell(self.detector.source.category, self._largest)
             else:
                 predictions.append(prediction)
                 images, inside = images[size:], inside if inside is None else inside[size:]
@@ -107,7 +110,7 @@ class PredictInMemory:
             return None
 
 
-def _tell(detector: AnomalyDetector, batch_size: int) -> None:
-    LOGGER.warning("%s: out of memory, goes on with %d image(s) per batch", detector.source.category, batch_size)
+def _tell(category: str, batch_size: int) -> None:
+    LOGGER.warning("%s: out of memory, goes on with %d image(s) per batch", category, batch_size)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # what the failed attempt held is of the wrong sizes

@@ -12,13 +12,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from patchcore.batch_halving import PredictInMemory, fit_in_memory
+from patchcore.batch_halving import PredictInMemory, call_in_memory
 from patchcore.class_data import count_lost_regions, open_dataset, open_validation
+from patchcore.class_shares import Crew
 from patchcore.configs import DatasetConfig, EpochConfig, OutputConfig, RunConfig, TrainingSource
 from patchcore.datasets.images import IGNORED
 from patchcore.datasets.inspection import GOOD, DatasetSplit, InspectionDataset
 from patchcore.datasets.loader import ImageLoader
-from patchcore.detector import AnomalyDetector, DetectorBuilder, Prediction, TrainingArtifacts, TrainingPlan
+from patchcore.detector import (
+    AnomalyDetector,
+    DetectorBuilder,
+    ImageShares,
+    Prediction,
+    TrainingArtifacts,
+    TrainingPlan,
+)
 from patchcore.errors import ConfigurationError, DataError
 from patchcore.evaluation.false_alarms import image_false_alarms, pixel_false_alarms
 from patchcore.evaluation.metrics import DEFECT
@@ -96,9 +104,23 @@ class _TestResult:
 
 
 def train_class(
-    task: ClassTask, category: str, seed: int, builders: Mapping[str, DetectorBuilder], run: RunConfig
+    task: ClassTask,
+    category: str,
+    seed: int,
+    builders: Mapping[str, DetectorBuilder],
+    run: RunConfig,
+    crew: Crew | None = None,
 ) -> ClassResult:
-    """Train, calibrate and evaluate one class, and write its files."""
+    """Train, calibrate and evaluate one class, and write its files.
+
+    Args:
+        task: The run.
+        category: The class.
+        seed: The seed.
+        builders: What makes the detector of each class.
+        run: What was asked for.
+        crew: What reads the training images in shares; None where this process reads them.
+    """
     reset_peak_memory()
     train, held_out, test = (open_dataset(task.dataset, category, split, seed) for split in DatasetSplit)
     validation = (
@@ -107,12 +129,16 @@ def train_class(
     detector = builders[category](TrainingSource(task.dataset.name, category, seed), task.device)
     for part in (train, held_out, test, *([validation] if validation else [])):
         part.check_files(detector.smallest_side_px)
-    detector.plan = _training_plan(task, category, detector, held_out, test)
+    shares = crew.shares(task, train, seed, task.images_per_pass) if crew is not None else None
+    detector.plan = _training_plan(task, category, detector, held_out, test, shares)
     history_folder = task.folder / "training" / task.row_name(category)
     started = time.perf_counter()
     try:
-        batch_size = min(_loader(task, train).batch_size, len(train))
-        fit_in_memory(detector, lambda size: _loader(task, train, size), batch_size)
+        if shares is not None:
+            detector.fit(_loader(task, train))  # which the shares read
+        else:
+            batch_size = min(_loader(task, train).batch_size, len(train))
+            call_in_memory(detector.fit, lambda size: _loader(task, train, size), batch_size, category)
     except ConfigurationError as error:
         if detector.plan.resume_from is None:
             raise
@@ -149,8 +175,9 @@ def _training_plan(
     detector: AnomalyDetector,
     held_out: InspectionDataset,
     test: InspectionDataset,
+    shares: ImageShares | None,
 ) -> TrainingPlan:
-    """Return what surrounds the epochs of a class: held-out images, checkpoints, numbers that select nothing."""
+    """Return what surrounds the training of a class: held-out images, checkpoints, numbers that select nothing."""
     path = task.checkpoint(category)
     every = task.epochs
 
@@ -165,6 +192,7 @@ def _training_plan(
         resume_from=read_checkpoint(path, category) if path.exists() else None,
         after_epoch=after_epoch if every != EpochConfig(None, None) else None,
         scratch_folder=task.folder,
+        shares=shares,
     )
 
 

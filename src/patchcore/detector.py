@@ -7,7 +7,7 @@ A detector is complete after construction. `fit` sees normal images and learns a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
@@ -21,6 +21,8 @@ from patchcore.scoring.calibration import Calibration
 from patchcore.storage.manifest import library_versions
 from patchcore.storage.model_folder import FORMAT_VERSION, ModelHeader, write_model_folder
 from patchcore.storage.torch_export import torch_export_bytes
+
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,32 @@ class ImageBatches(Protocol):
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]: ...
 
 
+class ImageShares(Protocol):
+    """The training images in shares, each of which another process can read."""
+
+    @property
+    def images(self) -> Sequence[torch.Tensor]:
+        """Numbers of the images of each share, int64 [n] ascending; together they are all images."""
+
+    @property
+    def runtime(self) -> RuntimeConfig:
+        """How these processes compute."""
+
+    def map(self, calls: Iterable[tuple[int, Callable[[ImageBatches], R]]]) -> Iterator[tuple[int, R]]:
+        """Call functions with shares, each in a process that has room for it.
+
+        Args:
+            calls: Number of a share, and what to call with its images; picklable, and the result too. Taken one by
+                one, while those that were taken first are at work.
+
+        Yields:
+            Number of the share and the result, as they come.
+
+        Raises:
+            DataError: An image cannot be used, or a process was lost again and again.
+        """
+
+
 AfterEpoch = Callable[[int, Callable[[], dict[str, Any]]], None]
 """Number of the epoch, from 1, and what returns the state to resume from; whatever it measures selects nothing."""
 
@@ -65,12 +93,14 @@ class TrainingPlan:
         resume_from: State of an interrupted training of the same configuration and images.
         after_epoch: Called after each epoch; the detector predicts then.
         scratch_folder: Where large arrays lie during the training, in files without a name; None: that of `tempfile`.
+        shares: What reads the images in other processes, for a configuration that learns so; None for others.
     """
 
     held_out: ImageBatches | None = None
     resume_from: Mapping[str, Any] | None = None
     after_epoch: AfterEpoch | None = None
     scratch_folder: Path | None = None
+    shares: ImageShares | None = None
 
 
 @dataclass(frozen=True)

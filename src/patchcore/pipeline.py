@@ -26,10 +26,12 @@ from patchcore.calibration_data import require_calibration_images
 from patchcore.class_data import open_dataset
 from patchcore.class_jobs import RUN_LOG, ClassJob, TrainInWorker, limited, worker_log
 from patchcore.class_run import ClassTask, evaluate_class, train_class
+from patchcore.class_shares import Crew
 from patchcore.config_json import config_to_dict
 from patchcore.configs import (
     DatasetConfig,
     OutputConfig,
+    PatchCoreConfig,
     PreprocessingConfig,
     RunConfig,
     RuntimeConfig,
@@ -84,13 +86,16 @@ def train_and_evaluate(
     parent = Path(run.results_path) / run.log_project
     run_folder.require_writable(parent)
     with ExitStack() as stack:
+        configs = {category: config_of(category) for category in categories}
         executor = stack.enter_context(open_executor(run.launch, run.runtime))
         typed_device = run.runtime.device
-        runtime, device = executor.settle(run.runtime)
-        run = replace(run, runtime=runtime)
         if not executor.is_in_process:
             _require_visible(executor, run, dataset)
-        configs = {category: config_of(category) for category in categories}
+        crew = _crew(executor, run.runtime, configs)
+        if crew is not None:
+            executor = InThisProcess()  # the classes come one by one, as tasks are shares of them
+        runtime, device = executor.settle(run.runtime)
+        run = replace(run, runtime=runtime)
         identities = {seed: _identity(method, configs, run, dataset, seed) for seed in run.seeds}
         outputs = possible_outputs(method, run.outputs)
         row_names = {category: run_folder.row_name(dataset.name, category) for category in categories}
@@ -108,7 +113,7 @@ def train_and_evaluate(
             LOGGER.warning("%s has no anomaly maps: neither pictures nor raw maps are written", method)
         training = _Training(
             method, configs, run, dataset, outputs, device, identities, reopened, earlier, announce, stack,
-            builders if executor.is_in_process else None,
+            builders if executor.is_in_process else None, crew,
         )  # fmt: skip
         finished = _run_seeds(executor, run.seeds, training.begin, training.job, len(to_do))
         if len(run.seeds) > 1:
@@ -136,6 +141,7 @@ class _Training:
         announce: Receives the lines meant for the user.
         stack: Holds folders, trackers and locks until the end.
         builders: What makes the detector of each class in this process; None where tasks run in others.
+        crew: What reads the training images in shares; None where whoever trains a class reads them.
     """
 
     method: str
@@ -150,6 +156,7 @@ class _Training:
     announce: Announce
     stack: ExitStack
     builders: Mapping[str, DetectorBuilder] | None
+    crew: Crew | None
 
     def begin(self, seed: int) -> RunRecord:
         """Open the run folder of a seed."""
@@ -159,7 +166,7 @@ class _Training:
         folder = self.reopened.get(seed) or new_folder(parent, name, run.skip_existing, self.stack)
         if run_folder.is_unused(folder):
             run_folder.write_run_config(folder, identity, _environment(self.device))
-        if self.builders is None:  # a worker that is lost or ended leaves what it was writing
+        if self.builders is None or self.crew is not None:  # a worker that is lost or ended leaves what it was writing
             self.stack.callback(remove_unfinished, folder)
         seedless = run_folder.group_without_seed(run.log_group)  # seeds of several commands belong together too
         tracker = open_tracker(run.tracking, folder, run.log_project, seedless, identity)
@@ -172,7 +179,10 @@ class _Training:
         process: Callable[[str], ClassResult]
         if self.builders is not None:
             log = task.folder / RUN_LOG
-            process = functools.partial(train_class, task, seed=seed, builders=self.builders, run=self.run)
+            task = _anywhere(task) if self.crew is not None else task
+            process = functools.partial(
+                train_class, task, seed=seed, builders=self.builders, run=self.run, crew=self.crew
+            )
         else:
             task = _anywhere(task)
             log = worker_log(task.folder, category, seed)
@@ -221,6 +231,18 @@ def _run_seeds(
                 records[seed].finish()
             bar.update()
     return [records[seed] for seed in seeds]
+
+
+def _crew(executor: Executor, runtime: RuntimeConfig, configs: Mapping[str, Any]) -> Crew | None:
+    """Return what reads the images of a class in shares; None for methods and configurations that do not learn so."""
+    config = next(iter(configs.values()))
+    shards = config.sampler.shards if isinstance(config, PatchCoreConfig) else None
+    if shards is None:
+        return None
+    threads = torch.get_num_threads()
+    crew = Crew(executor, executor.settle(runtime)[0], shards.count)
+    set_threads(runtime.threads or threads)  # those of a task are not those of this process
+    return crew
 
 
 def _require_visible(executor: Executor, run: RunConfig, dataset: DatasetConfig) -> None:

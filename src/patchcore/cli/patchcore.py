@@ -28,11 +28,14 @@ from patchcore.configs import (
     INDEXES,
     NORMALIZATIONS,
     PATCH_SCORES,
+    RAY,
     SCORE_NORMALIZATIONS,
     DatasetConfig,
     EnsembleConfig,
     PatchCoreConfig,
+    RunConfig,
     SamplerConfig,
+    ShardsConfig,
     ThresholdRule,
 )
 from patchcore.configs.typed import TypedSetting
@@ -46,7 +49,19 @@ LOGGER = logging.getLogger(__name__)
     *run_options(
         click.option("--save_patchcore_model", "save_model", is_flag=True, help="One model folder per class."),
         SKIP_EXISTING_OPTION,
-    )
+    ),
+    click.option(
+        "--shards",
+        type=int,
+        default=None,
+        help="With --launcher ray: choose the bank from so many shares of the images, each read by one task.",
+    ),
+    click.option(
+        "--shard_coreset",
+        type=int,
+        default=None,
+        help="Patches that each share keeps; as many as the bank has in the end if left out.",
+    ),
 )
 def run_patchcore(**options: Any) -> None:
     """Train PatchCore on good images and evaluate it: RESULTS_PATH, then the steps patch_core, sampler, dataset.
@@ -56,12 +71,13 @@ def run_patchcore(**options: Any) -> None:
 
 
 @run_patchcore.result_callback()
-def _run(steps: list[tuple[str, Any]], **frame: Any) -> int:
+def _run(steps: list[tuple[str, Any]], shards: int | None, shard_coreset: int | None, **frame: Any) -> int:
     step = dict(steps)
     members, score_normalization, machine = step["patch_core"]
     dataset: DatasetConfig = step["dataset"]
-    method, config = _method(members, step["sampler"], score_normalization)
     run = run_config(**frame)
+    sampler = replace(step["sampler"], shards=_shards(shards, shard_coreset, run, members))
+    method, config = _method(members, sampler, score_normalization)
     run = replace(run, runtime=replace(run.runtime, **machine))
     _require_seeds_that_differ(run.seeds, members, dataset)
     _require_images_for_fusion(config, dataset)
@@ -72,6 +88,21 @@ def _run(steps: list[tuple[str, Any]], **frame: Any) -> int:
     if score_normalization == "minmax" and run.calibration != "none":
         LOGGER.warning("minmax scales scores over the test images, which leaves no threshold: decisions stay blank")
     return train(method, lambda _: config, run, dataset)
+
+
+def _shards(
+    count: int | None, coreset: int | None, run: RunConfig, members: Sequence[PatchCoreConfig]
+) -> ShardsConfig | None:
+    """Return in which shares a bank is chosen, refusing what does not go with them."""
+    if count is None:
+        if coreset is not None:
+            raise click.UsageError(f"--shard_coreset {coreset} without --shards: type both, or neither")
+        return None
+    if run.launch.launcher != RAY:
+        raise click.UsageError(f"--shards {count} without --launcher ray, whose tasks read them: type both, or neither")
+    if len(members) > 1:
+        raise click.UsageError(f"--shards {count} with an ensemble of {len(members)}: name one -b, or leave it out")
+    return ShardsConfig(count, coreset)
 
 
 def _require_seeds_that_differ(

@@ -43,6 +43,7 @@ from patchcore.configs.patchcore import (
     EnsembleConfig,
     PatchCoreConfig,
     SamplerConfig,
+    ShardsConfig,
 )
 from patchcore.configs.run import (
     BACKBONE_PRECISIONS,
@@ -94,6 +95,7 @@ __all__ = [
     "RunConfig",
     "RuntimeConfig",
     "SamplerConfig",
+    "ShardsConfig",
     "ThresholdRule",
     "TileConfig",
     "TrackingConfig",

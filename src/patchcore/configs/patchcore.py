@@ -12,7 +12,27 @@ from patchcore.errors import ConfigurationError
 EMBEDDINGS = ("pooled", "concat")
 PATCH_SCORES = ("max", "mean", "topk")
 SCORE_NORMALIZATIONS = ("calibrated", "minmax")
+MAX_SHARDS = 65536
 INDEXES = ("flat", "projected", "fp16", "sq8", "ivf", "ivfpq")
+GREEDY_SAMPLERS = ("greedy_coreset", "approx_greedy_coreset")
+
+
+@dataclass(frozen=True)
+class ShardsConfig:
+    """A memory bank that is chosen in two rounds: from each share of the images, then from what those have kept.
+
+    Attributes:
+        count: Shares of the training images, >= 2.
+        coreset: Patches that each share keeps; None for as many as the bank has in the end.
+    """
+
+    count: int
+    coreset: int | None = None
+
+    def __post_init__(self) -> None:
+        require_at_least("--shards", self.count, 2, MAX_SHARDS)
+        if self.coreset is not None:
+            require_at_least("--shard_coreset", self.coreset, 1)
 
 
 @dataclass(frozen=True)
@@ -22,13 +42,20 @@ class SamplerConfig:
     Attributes:
         name: Name in the registry of samplers, for example "approx_greedy_coreset".
         percentage: Share of the patches that is kept, in (0, 1].
+        shards: How it is chosen by several processes; None where one sees all patches.
     """
 
     name: str = "approx_greedy_coreset"
     percentage: float = 0.1
+    shards: ShardsConfig | None = None
 
     def __post_init__(self) -> None:
         require_fraction("sampler --percentage", self.percentage)
+        if self.shards is not None and self.name not in GREEDY_SAMPLERS:
+            raise ConfigurationError(
+                f"--shards {self.shards.count} chooses a coreset in two rounds, found sampler {self.name!r}: use "
+                f"{' or '.join(GREEDY_SAMPLERS)}, or leave --shards out"
+            )
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import enum
 import functools
@@ -273,6 +274,12 @@ class InspectionDataset(Dataset[Any]):
         """Whether pixel metrics are defined: every anomalous image has a mask (or there is none of them)."""
         anomalous = [r for r in self.records if r.is_anomalous]
         return all(r.mask_path for r in anomalous) and (self.root / self.category / "ground_truth").is_dir()
+
+    def subset(self, numbers: Sequence[int]) -> InspectionDataset:
+        """Return the same data set with the records of these numbers alone."""
+        part = copy.copy(self)
+        part.records = [self.records[number] for number in numbers]
+        return part
 
     def __len__(self) -> int:
         return len(self.records)

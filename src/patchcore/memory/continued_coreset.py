@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from patchcore.memory.sampler import GreedyCoresetSampler, Sampler, greedy_selection, num_selected
+from patchcore.memory.greedy_selection import greedy_selection
+from patchcore.memory.sampler import GreedyCoresetSampler, Sampler, num_selected
 
 ROWS_AT_ONCE = 4096  # bounds the distances that are held
 

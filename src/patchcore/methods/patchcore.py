@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -36,6 +36,9 @@ from patchcore.methods.training_features import EmbeddedImages, TrainingFeatures
 from patchcore.runtime import derive_seed, progress, resolve_precision
 from patchcore.scoring.anomaly_map import anomaly_maps, image_scores, patches_inside
 from patchcore.scoring.calibration import Calibration, MapStatistics, calibrate, fold_bounds
+
+if TYPE_CHECKING:
+    from patchcore.methods.sharded_bank import ShardedBank
 
 IMAGES_PER_SEARCH = 8  # in calibration: bounds the copies of embeddings and the maps that are held at once
 
@@ -141,6 +144,7 @@ class PatchCore(AnomalyDetector):
         self.sampler: Sampler = build_sampler(config.sampler.name, config.sampler.percentage)
         self._scorer: NearestNeighbourScorer | None = None
         self._training: TrainingFeatures | None = None
+        self._sharded: ShardedBank | None = None
 
     @classmethod
     def prepare(
@@ -168,23 +172,31 @@ class PatchCore(AnomalyDetector):
         """
         self.require_rows_to_learn_from(loader.num_images)
         buffers = Buffers(self.runtime.memory_budget_bytes, self.plan.scratch_folder)
+        if self.plan.shares is not None:
+            from patchcore.methods.sharded_bank import ShardedBank
+
+            self._sharded = ShardedBank.gathered(self, self.plan.shares, buffers)
+            return self.fit_bank(self._sharded.bank())
         return self.fit_embeddings(embed_images(loader, [self], buffers, f"{self.source.category}: features"))
+
+    @property
+    def patches_per_image(self) -> int:
+        return self.embedder.grid[0] * self.embedder.grid[1]
 
     def require_rows_to_learn_from(self, num_images: int) -> None:
         """Raise DataError where so many images give a bank from which the index cannot be learned."""
-        num_patches = num_images * self.embedder.grid[0] * self.embedder.grid[1]
+        num_patches = num_images * self.patches_per_image
         keeps_all = isinstance(self.sampler, IdentitySampler)
         num_rows = num_patches if keeps_all else num_selected(num_patches, self.config.sampler.percentage)
         require_trainable(self.config.index, num_rows, self.embedder.dimension, "memory bank")
 
     def fit_embeddings(self, images: EmbeddedImages) -> PatchCore:
         """Fill the memory bank with a coreset of patch embeddings, as `fit` does from images."""
-        self._training = training_features(images, self, self._generator("coreset"))
-        chosen = self.sampler.select_reduced(self._training.points, self._generator("selection"))
-        self._set_bank(self._training.bank(chosen))
-        return self
+        self._training = training_features(images, self, self.random_numbers("coreset"))
+        chosen = self.sampler.select_reduced(self._training.points, self.random_numbers("selection"))
+        return self.fit_bank(self._training.bank(chosen))
 
-    def _generator(self, *purpose: str | int) -> torch.Generator:
+    def random_numbers(self, *purpose: str | int) -> torch.Generator:
         """Return random numbers of this model alone: of its own seed, or of the run's and its place in the ensemble."""
         if self.config.seed is not None:
             seed = derive_seed(self.config.seed, self.source.category, *purpose)
@@ -199,8 +211,19 @@ class PatchCore(AnomalyDetector):
         """The memory bank float32 [M, D] that `fit` learned, as far as the index has kept its digits."""
         return self._require_fitted().nearest_neighbours.whole_bank()
 
-    def _set_bank(self, bank: torch.Tensor) -> None:
-        self._scorer = self._fitted_scorer(bank, "memory bank", "lower it")
+    def fit_bank(self, bank: torch.Tensor, what: str = "memory bank", remedy: str = "lower it") -> PatchCore:
+        """Take over a memory bank float32 [M, D] as it is.
+
+        Args:
+            bank: The patch embeddings.
+            what: What messages call it.
+            remedy: What a user can do about too few of them.
+
+        Raises:
+            DataError: It has fewer rows than neighbours are asked for, or than the index learns from.
+        """
+        self._scorer = self._fitted_scorer(bank, what, remedy)
+        return self
 
     def _fitted_scorer(
         self, bank: torch.Tensor, what: str, remedy: str, whole_model: NearestNeighbours | None = None
@@ -235,6 +258,8 @@ class PatchCore(AnomalyDetector):
         Raises:
             NotFittedError: Training data are there only between `fit` and `release_training_data`.
         """
+        if self._sharded is not None:
+            return self._sharded.out_of_fold_calibration()
         scores = self.out_of_fold_scores("use --calibration none")
         if scores is None:
             return None
@@ -279,11 +304,11 @@ class PatchCore(AnomalyDetector):
         """Return the memory bank [M, D] that some of the training images give."""
         assert self._training is not None
         patches = self._training.patch_numbers(images)
-        chosen = self.sampler.select_reduced(self._training.points.subset(patches), self._generator("fold", fold))
+        chosen = self.sampler.select_reduced(self._training.points.subset(patches), self.random_numbers("fold", fold))
         return self._training.bank(patches[chosen])
 
     def release_training_data(self) -> None:
-        self._training = None
+        self._training = self._sharded = None
 
     def predict(self, images: torch.Tensor) -> Prediction:
         """Score images by their patches' mean distance to the nearest bank members.
