@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from patchcore.runtime import derive_seed, resolve_device, set_threads
 
 if TYPE_CHECKING:
     from patchcore.class_run import ClassTask
+
+LOGGER = logging.getLogger(__name__)
 
 R = TypeVar("R")
 
@@ -128,6 +131,7 @@ class ReadShare:
     call: Callable[[ImageBatches], object]
 
     def __call__(self) -> object:
+        LOGGER.debug("%s: %d images, from %s", self.part.category, len(self.part), self.part.records[0].path)
         set_threads(self.runtime.threads)
         pinned = resolve_device(self.runtime.device, self.runtime.gpus, warn=False).type == "cuda"
 

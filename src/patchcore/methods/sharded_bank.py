@@ -181,7 +181,7 @@ class ShardedBank:
         seen = model_of_share(model, shares)
         calls = ((share, LocalCoreset(seen, share, count)) for share, count in enumerate(kept))
         for share, patches in _told(shares, calls, f"{model.source.category}: coresets of shares"):
-            places[share].copy_(torch.from_numpy(patches))
+            np.copyto(places[share].numpy(), patches)
         return cls(model, shares, rows, kept, buffers)
 
     def bank(self) -> torch.Tensor:
