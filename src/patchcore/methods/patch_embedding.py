@@ -25,7 +25,7 @@ def embed_batch(
             the embedders are.
 
     Returns:
-        The buffers.
+        The buffers. Page-locked ones hold the embeddings once the GPU has come that far.
     """
     extractor = embedders[0].extractor
     device = extractor.mean.device
@@ -35,7 +35,7 @@ def embed_batch(
     def fill(part: torch.Tensor, *buffers_of_part: torch.Tensor) -> None:
         feature_maps = extractor(part)
         for embedder, buffer in zip(embedders, buffers_of_part, strict=True):
-            buffer.copy_(embedder(feature_maps))
+            buffer.copy_(embedder(feature_maps), non_blocking=device.type == "cuda")
 
     in_parts(fill, device, images, *buffers)
     return buffers

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +14,7 @@ from patchcore.errors import DataError
 from patchcore.memory.buffers import Buffers
 from patchcore.memory.points import Points
 from patchcore.methods.patch_embedding import embed_batch
+from patchcore.methods.staging import writes_from
 from patchcore.runtime import progress
 
 if TYPE_CHECKING:
@@ -84,10 +86,12 @@ def embed_images(
     embedders = dict.fromkeys(model.embedder for model in models)
     arrays = {e: buffers.empty(loader.num_images, _num_patches(e), e.dimension) for e in embedders}
     start = 0
-    for batch in progress(loader, description, total=len(loader)):
-        end = start + len(batch["image"])
-        embed_batch(batch["image"], list(arrays), [array[start:end] for array in arrays.values()])
-        start = end
+    with writes_from(models[0].device) as write:
+        for batch in progress(loader, description, total=len(loader)):
+            end = start + len(batch["image"])
+            parts = [array[start:end] for array in arrays.values()]
+            write(parts, partial(embed_batch, batch["image"], list(arrays)))
+            start = end
     return EmbeddedImages(arrays, projection, buffers)
 
 
