@@ -30,7 +30,7 @@ class ImageLoader:
         dataset: What to read, in its order.
         batch_size: Images per batch; always 1 where images keep their own resolution, as their sizes may differ.
         num_workers: Threads that read ahead, at most one per CPU core and image; 0 reads when a batch is asked for.
-        pin_memory: Give page-locked tensors, for copies to a GPU.
+        pin_memory: Give page-locked images, for copies to a GPU; nothing else goes there.
 
     Raises:
         DataError: While iterating: a file cannot be read.
@@ -55,7 +55,9 @@ class ImageLoader:
         items = self._items()
         while together := list(itertools.islice(items, self.batch_size)):
             batch = default_collate(together)
-            yield {key: values.pin_memory() for key, values in batch.items()} if self.pin_memory else batch
+            if self.pin_memory:
+                batch["image"] = batch["image"].pin_memory()
+            yield batch
 
     def _items(self) -> Iterator[dict[str, Any]]:
         """Yield the items in order; what goes wrong with one is raised where its turn comes."""

@@ -96,13 +96,13 @@ class NearestNeighbours(ABC):
     @torch.no_grad()
     def _search_chunks(self, queries: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Search as `search` does, some queries at a time."""
-        distances = torch.empty(len(queries), k, device=queries.device)
-        indices = torch.empty(len(queries), k, dtype=torch.int64, device=queries.device)
+        distances = torch.empty(len(queries), k, device=self.device)
+        indices = torch.empty(len(queries), k, dtype=torch.int64, device=self.device)
         for start in range(0, len(queries), QUERY_CHUNK):
             rows = slice(start, start + QUERY_CHUNK)
             chunk = queries[rows].to(self.device, torch.float32)  # [q, D]
             distances[rows], indices[rows] = self._nearest(chunk, k)
-        return distances, indices
+        return distances.to(queries.device), indices.to(queries.device)  # all at once: a GPU is waited for
 
     def _nearest(self, queries: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return distances, ascending, and bank rows [q, k] for queries [q, D]."""

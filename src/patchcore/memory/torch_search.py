@@ -310,7 +310,8 @@ def merged(
     num_queries = len(distances)
     counts = torch.bincount(of_query, minlength=num_queries)
     firsts = counts.cumsum(dim=0) - counts
-    places = torch.arange(len(of_query)) - firsts[of_query]  # [p], of a pair among those of its query
+    numbers = torch.arange(len(of_query), device=of_query.device)
+    places = numbers - firsts[of_query]  # [p], of a pair among those of its query
     shape = num_queries, int(counts.max())
     more_distances, more_rows = distances.new_full(shape, torch.inf), rows.new_zeros(shape)
     more_distances[of_query, places], more_rows[of_query, places] = exact, members

@@ -295,7 +295,7 @@ class PatchCore(AnomalyDetector):
             whole_model = self._require_fitted().nearest_neighbours
             scorer = self._fitted_scorer(bank, "memory bank of a calibration fold", remedy, whole_model)
             for chunk in order[start:end].split(IMAGES_PER_SEARCH):
-                part = self._score(embeddings[chunk], scorer)
+                part = self._score(embeddings[chunk].to(scorer.nearest_neighbours.device), scorer)
                 scores.images[chunk], scores.patches[chunk] = part.images, part.patches
             del bank, scorer  # before the next one is made
         return scores

@@ -100,7 +100,7 @@ class ResNetKNN(AnomalyDetector):
         """
         self._require_images(loader.num_images)
         batches = progress(loader, f"{self.source.category}: features", total=len(loader))
-        features = torch.cat([self._pooled(batch["image"]) for batch in batches])  # [N, C]
+        features = torch.cat([self._pooled(batch["image"]) for batch in batches]).cpu()  # [N, C]
         count = self.config.num_features
         if count > self._num_features:
             LOGGER.info(
@@ -141,9 +141,9 @@ class ResNetKNN(AnomalyDetector):
 
     @torch.no_grad()
     def _pooled(self, images: torch.Tensor) -> torch.Tensor:
-        """Return the mean [B, C] over the places of the layer's feature maps, on the CPU."""
+        """Return the mean [B, C] over the places of the layer's feature maps, on their device: nobody waits for it."""
         (feature_maps,) = self.extractor(images).values()
-        return feature_maps.mean(dim=(2, 3)).cpu()
+        return feature_maps.mean(dim=(2, 3))
 
     def _fitted(self) -> tuple[NearestNeighbours, torch.Tensor, torch.Tensor]:
         """Return the search, the bank and the kept features."""
@@ -163,7 +163,7 @@ class ResNetKNN(AnomalyDetector):
         """
         neighbours, bank, kept = self._fitted()
         require_images(images, self.preprocessing)
-        features = self._pooled(images)[:, kept]  # [B, F]
+        features = self._pooled(images).cpu()[:, kept]  # [B, F]
         distances, _ = neighbours.search(features, clamped(self.config.num_neighbours, len(bank)))  # [B, k]
         return Prediction(distances.mean(dim=1).numpy(), None)
 
