@@ -1,16 +1,22 @@
-"""PatchCore on a stand-in for a GPU: nothing mixes devices, and the host waits where it must and nowhere else."""
+"""Detectors on a stand-in for a GPU: nothing mixes devices, and the host waits where it must and nowhere else."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 from small_images import BACKBONE, PREPROCESSING, Batches, random_images
 from stand_in_gpu import GPU, GpuTensor, stand_in_gpu
+from test_detectors import EXAMPLES
 
 from patchcore.configs import PatchCoreConfig, RuntimeConfig, SamplerConfig, TrainingSource
+from patchcore.detector import DETECTORS
 from patchcore.memory import torch_search
 from patchcore.memory.nearest_neighbours import build_nearest_neighbours
 from patchcore.methods.patchcore import PatchCore
+from patchcore.prediction import open_detector
 
 CPU = torch.device("cpu")
 INDEXES = ("flat", "projected", "fp16", "sq8")
@@ -33,7 +39,9 @@ def patchcore(device: torch.device, **changes: object) -> PatchCore:
     return found
 
 
-@pytest.mark.parametrize("index", INDEXES)
+@pytest.mark.parametrize(
+    "index", ["flat", "projected", *(pytest.param(i, marks=pytest.mark.slow) for i in INDEXES[2:])]
+)
 def test_a_gpu_gives_what_the_cpu_gives(
     index: str, train: torch.Tensor, test: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -96,6 +104,24 @@ def test_queries_of_the_host_come_back_at_once(index: str, monkeypatch: pytest.M
     assert gpu.waits == 2 * ["_to_copy to the host"], "not for each chunk of the queries"
     assert not isinstance(distances, GpuTensor) and not isinstance(rows, GpuTensor)
     torch.testing.assert_close(distances, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", sorted(EXAMPLES))
+def test_a_stored_model_of_any_method_scores_on_a_gpu(
+    method: str, train: torch.Tensor, test: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = DETECTORS[method].prepare(EXAMPLES[method], PREPROCESSING, RuntimeConfig())
+    plain = build(TrainingSource(), CPU).fit(Batches(train))
+    expected = plain.predict(test)
+    plain.save(tmp_path / "model")
+    with stand_in_gpu(monkeypatch) as gpu:
+        loaded = open_detector(tmp_path / "model", GPU)
+        gpu.waits.clear()
+        found = loaded.predict(test)
+    assert set(gpu.waits) == {"_to_copy to the host"}, "for the results"
+    np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-4, atol=1e-4)
+    if expected.maps is not None:
+        np.testing.assert_allclose(found.maps, expected.maps, rtol=1e-4, atol=1e-4)
 
 
 def test_the_stand_in_refuses_what_a_gpu_refuses(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,7 +97,7 @@ class FlowStep(AllInOneBlock):
         """`order` for matrices with a row of ones behind the passive half; int64 [C + 1]."""
         num_passive = self.splits[0]
         shifted = self.order + (self.order >= num_passive)
-        return torch.cat((shifted[:num_passive], shifted.new_tensor([num_passive]), shifted[num_passive:]))
+        return torch.cat((shifted[:num_passive], shifted.new_full((1,), num_passive), shifted[num_passive:]))
 
     def couple_(self, x: torch.Tensor, grid: tuple[int, int, int], memory: Memory) -> None:
         """Write what `advance` makes of a matrix into `memory.result`, without the permutation or gradients.
