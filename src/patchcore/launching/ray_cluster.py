@@ -6,6 +6,8 @@ any work, and what the user gets to see.
 
 from __future__ import annotations
 
+import importlib.metadata
+import itertools
 import logging
 import os
 import platform
@@ -15,7 +17,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +38,8 @@ CONNECT_SECONDS = 5.0
 HEALTH_SECONDS = 30.0  # of a process that imports Ray and asks the address for its health
 NODE_SECONDS = 120.0  # for every node to answer, which starts a Python process there
 WATCH_SECONDS = 2.0  # between looks at the nodes while tasks run
+TASKS_AHEAD = 500  # of the first that has not ended: bounds what Ray holds, and results whose turn has not come
+LIBRARIES = ("faiss-cpu", "numpy", "pillow", "timm", "torchvision")  # what else reads, computes and searches
 HOME = "start one with `ray start --head`, or leave --ray_address out to have one on this machine"
 
 
@@ -128,18 +132,27 @@ class RayCluster:
     def run(self, jobs: Iterable[Job]) -> Generator[Ended, None, None]:
         import ray
 
-        remote = ray.remote(num_cpus=self._num_cpus, num_gpus=self._num_gpus, max_retries=RETRIES)(run_logged)
-        running = {remote.options(name=job.name).remote(job): job for job in jobs}
+        # max_calls: left to itself Ray ends a worker after each task with a GPU, and with it the model that it holds.
+        wanted = {"num_cpus": self._num_cpus, "num_gpus": self._num_gpus, "max_retries": RETRIES, "max_calls": 0}
+        remote = ray.remote(**wanted)(run_logged)
+        waiting, taken = enumerate(jobs), 0
+        running: dict[Any, tuple[int, Job]] = {}  # in the order of the jobs
         known = {node["NodeID"]: node for node in _alive_nodes()}
         try:
-            while running:
+            while True:
+                first = next(iter(running.values()))[0] if running else taken
+                for number, job in itertools.islice(waiting, first + TASKS_AHEAD - taken):
+                    running[remote.options(name=job.name).remote(job)] = number, job
+                    taken = number + 1
+                if not running:
+                    break
                 done, _ = ray.wait(list(running), num_returns=1, timeout=WATCH_SECONDS)
                 for reference in done:
-                    yield self._ended(running.pop(reference), reference)
+                    yield self._ended(running.pop(reference)[1], reference)
                 known = self._without_lost(known)
                 if not done and not self._has_room(known):
-                    for job in running.values():
-                        yield Ended(job.key, None, lost="no node with room for it is left: go on with --skip_existing")
+                    for _, job in itertools.chain(running.values(), waiting):
+                        yield Ended(job.key, None, lost="no node with room for it is left: call again with more nodes")
                     break
         finally:
             for reference in running:
@@ -277,6 +290,9 @@ def report_node(paths: Sequence[str]) -> NodeReport:
         "patchcore": patchcore.__version__,
         "torch": torch.__version__,
     }
+    for library in LIBRARIES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[library] = importlib.metadata.version(library)
     return NodeReport(versions, [path for path in paths if not os.path.exists(path)])
 
 
@@ -291,9 +307,8 @@ def require_alike(name: str, report: NodeReport, expected: Mapping[str, str]) ->
     for package, version in expected.items():
         found = report.versions.get(package)
         if found != version:
-            raise ConfigurationError(
-                f"{name} has {package} {found}, here it is {version}: install the same version on every node"
-            )
+            other = f"{package} {found}" if found else f"no {package}"
+            raise ConfigurationError(f"{name} has {other}, here it is {version}: install the same on every node")
     if report.missing:
         raise ConfigurationError(
             f"{name} does not see {report.missing[0]!r}: use a path that all nodes share, such as a network folder"
