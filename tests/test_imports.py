@@ -43,7 +43,7 @@ ALLOWED = {
     "batch_halving": set(),
     "resuming": {"storage"},
     "prediction": {"datasets", "methods", "storage"},
-    "inference": {"batch_halving", "datasets", "evaluation", "prediction", "scoring", "storage"},
+    "inference": {"batch_halving", "datasets", "evaluation", "launching", "prediction", "scoring", "storage"},
     "model_export": {"datasets", "inference", "prediction", "storage"},
     "model_update": {"inference", "memory", "methods", "prediction", "scoring", "storage"},
     "stored_models": {"prediction", "storage"},

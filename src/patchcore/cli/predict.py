@@ -7,8 +7,8 @@ from pathlib import Path
 import click
 
 from patchcore.cli.grammar import EXIT_FAILED, OneLineErrors, announce, quiet_libraries
-from patchcore.cli.steps import PRECISION_OPTION, RUNTIME_OPTIONS, not_empty, with_options
-from patchcore.configs import RuntimeConfig, require_positive
+from patchcore.cli.steps import PRECISION_OPTION, RAY_OPTIONS, RUNTIME_OPTIONS, not_empty, with_options
+from patchcore.configs import LAUNCHERS, LOCAL, LaunchConfig, RuntimeConfig, require_positive
 from patchcore.runtime import log_to_console
 
 EXIT_DEFECT = 3
@@ -49,6 +49,14 @@ EXIT_DEFECT = 3
     PRECISION_OPTION,
     click.option("--batch_size", type=int, default=8, show_default=True, help="Images that the model takes at once."),
     click.option("--num_workers", type=int, default=None, help="Threads that read and write images; one per core."),
+    click.option(
+        "--launcher",
+        type=click.Choice(LAUNCHERS),
+        default=LOCAL,
+        show_default=True,
+        help="Where images are scored: on this machine or, in tasks of some batches each, on a Ray cluster.",
+    ),
+    *RAY_OPTIONS,
 )
 def predict(
     model_folder: str,
@@ -70,6 +78,10 @@ def predict(
     precision: str,
     batch_size: int,
     num_workers: int | None,
+    launcher: str,
+    ray_address: str | None,
+    gpus_per_task: float | None,
+    cpus_per_task: int | None,
 ) -> int:
     """Score images with the model in MODEL_FOLDER: files, folders with all below them, and globs in quotes.
 
@@ -98,6 +110,7 @@ def predict(
         num_workers=num_workers,
         needs_decision=fail_on_defect,
         resize_px=resize,
+        launch=LaunchConfig(launcher, None, ray_address, gpus_per_task, cpus_per_task),
     )
     say, tell = (_aside, announce) if as_json else (announce, None)
     tally = watch_files(job, say, tell, patience) if watch else predict_files(job, say, tell)

@@ -89,6 +89,16 @@ TRACKING_OPTIONS: tuple[Callable[[Any], Any], ...] = (
 )
 
 
+RAY_OPTIONS: tuple[Callable[[Any], Any], ...] = (
+    click.option(
+        "--ray_address", default=None, help="Ray cluster, HOST:PORT or auto; one is started here if left out."
+    ),
+    click.option(
+        "--gpus_per_task", type=float, default=None, help="GPUs of a Ray task; 1 if left out and the cluster has any."
+    ),
+    click.option("--cpus_per_task", type=int, default=None, help="Cores of a Ray task; --threads if left out, else 1."),
+)
+
 LAUNCH_OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option(
         "--launcher",
@@ -103,13 +113,7 @@ LAUNCH_OPTIONS: tuple[Callable[[Any], Any], ...] = (
         default=None,
         help="Processes of --launcher local; of several --gpu each gets one. If left out, this process does it all.",
     ),
-    click.option(
-        "--ray_address", default=None, help="Ray cluster, HOST:PORT or auto; one is started here if left out."
-    ),
-    click.option(
-        "--gpus_per_task", type=float, default=None, help="GPUs of a Ray task; 1 if left out and the cluster has any."
-    ),
-    click.option("--cpus_per_task", type=int, default=None, help="Cores of a Ray task; --threads if left out, else 1."),
+    *RAY_OPTIONS,
 )
 
 

@@ -75,6 +75,17 @@ def require_inputs(typed: Sequence[str], out: Path | None, may_be_empty: bool) -
         )
 
 
+def input_places(typed: Sequence[str]) -> list[Path]:
+    """Return what has to be there wherever images are read: what was typed, and the folders above what is a glob."""
+    places = []
+    for argument in typed:
+        place = Path(argument)
+        while not os.path.lexists(place) and glob.has_magic(str(place)):
+            place = place.parent
+        places.append(place)
+    return places
+
+
 def _matches(argument: str) -> list[Path]:
     """Return what an argument stands for; a file whose name looks like a glob is that file."""
     if os.path.lexists(argument):

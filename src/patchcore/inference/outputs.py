@@ -24,6 +24,7 @@ from patchcore.scoring.calibration import ScoreScale
 from patchcore.storage.files import write_bytes
 
 HEAT_MAPS = ("png16", "npy", "none")
+SUFFIXES = {"png16": "png", "npy": "npy"}
 OVERLAYS, MASKS, MAPS = "overlays", "masks", "heat_maps"
 RECORD = (
     "path", "score", "normalized_score", "decision", "threshold", "pixel_threshold", "image_width", "image_height",
@@ -152,6 +153,16 @@ def table_row(told: Mapping[str, Any], choice: OutputChoice) -> list[str]:
     return ["" if cells.get(column) is None else str(cells[column]) for column in choice.columns]
 
 
+def output_files(name: str, choice: OutputChoice) -> dict[str, str]:
+    """Return where the chosen outputs of a name are: "overlay", "mask", "heat_map" to paths below their folder."""
+    places = {
+        "overlay": f"{OVERLAYS}/{name}.png" if choice.overlays else "",
+        "mask": f"{MASKS}/{name}.png" if choice.masks else "",
+        "heat_map": f"{MAPS}/{name}.{SUFFIXES[choice.heat_maps]}" if choice.heat_maps != "none" else "",
+    }
+    return {kind: place for kind, place in places.items() if place}
+
+
 def write_outputs(
     out: Path,
     name: str,
@@ -175,7 +186,7 @@ def write_outputs(
     Returns:
         Their paths below `out`: "overlay", "mask" and "heat_map".
     """
-    files: dict[str, str] = {}
+    places, files = output_files(name, choice), dict[str, str]()
     if choice.overlays and image is not None:
         picture = contour_overlay(
             image,
@@ -185,18 +196,18 @@ def write_outputs(
             result.is_anomalous,
             _place_to_look(result, findings),
         )
-        files["overlay"] = _write_png(out, f"{OVERLAYS}/{name}.png", picture)
+        files["overlay"] = _write_png(out, places["overlay"], picture)
     if choice.masks and findings.defect_mask is not None:
         mask = Image.fromarray(findings.defect_mask.astype(np.uint8) * 255)
-        files["mask"] = _write_png(out, f"{MASKS}/{name}.png", mask)
+        files["mask"] = _write_png(out, places["mask"], mask)
     if choice.heat_maps == "npy":
         buffer = io.BytesIO()
         np.save(buffer, findings.anomaly_map, allow_pickle=False)
-        files["heat_map"] = f"{MAPS}/{name}.npy"
+        files["heat_map"] = places["heat_map"]
         write_bytes(out / files["heat_map"], buffer.getvalue())
     elif choice.heat_maps == "png16":
         levels, meaning = heat_levels(findings.anomaly_map, scale)
-        files["heat_map"] = _write_png(out, f"{MAPS}/{name}.png", Image.fromarray(levels), meaning)
+        files["heat_map"] = _write_png(out, places["heat_map"], Image.fromarray(levels), meaning)
     return files
 
 

@@ -7,14 +7,14 @@ import logging
 import os
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from patchcore.configs import RuntimeConfig
+from patchcore.configs import LaunchConfig, RuntimeConfig
 from patchcore.errors import ConfigurationError
 from patchcore.inference.detector import BATCH_SIZE, LoadedDetector, Outcome, RegionOfInterest, load_with
 from patchcore.inference.inputs import InputFile, find_inputs, require_inputs
@@ -39,6 +39,9 @@ LOGGER = logging.getLogger(__name__)
 TABLE = "predictions.csv"
 STATE = "watch_state.jsonl"
 
+FileRecord = tuple[InputFile, str, dict[str, Any]]
+"""A file, the name of its outputs, "" where there are none, and its record."""
+
 
 @dataclass(frozen=True)
 class PredictionJob:
@@ -55,6 +58,7 @@ class PredictionJob:
         num_workers: Threads that read images and write outputs; None for one per CPU core.
         needs_decision: Whether a model without thresholds is an error.
         resize_px: The model's resize, which folders of the original PatchCore do not store; None for what is stored.
+        launch: Where images are scored.
     """
 
     model: Path
@@ -67,6 +71,29 @@ class PredictionJob:
     num_workers: int | None = None
     needs_decision: bool = False
     resize_px: int | None = None
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+
+    def __post_init__(self) -> None:
+        self.launch.require_machine(self.runtime.device, self.runtime.gpus, self.runtime.threads)
+
+
+@dataclass(frozen=True)
+class ModelAbilities:
+    """What a model can say of an image.
+
+    Attributes:
+        method: Its method.
+        has_thresholds: Whether it decides.
+        has_maps: Whether it locates what it finds.
+    """
+
+    method: str
+    has_thresholds: bool
+    has_maps: bool
+
+    @classmethod
+    def of(cls, loaded: LoadedDetector) -> ModelAbilities:
+        return cls(loaded.detector.method, loaded.has_thresholds, loaded.has_maps)
 
 
 @dataclass
@@ -90,8 +117,15 @@ class Tally:
         return f"{self.scored} images scored, {self.anomalous} anomalous{failed}"
 
 
+class Records(Protocol):
+    """Scores files and writes what is left of each."""
+
+    def records(self, files: Sequence[InputFile]) -> Generator[FileRecord, None, None]:
+        """Score files; in order, and the outputs of each are written before its record is yielded."""
+
+
 class Recorder:
-    """Scores files and writes what is left of each.
+    """Scores files in this process.
 
     Args:
         job: What to leave.
@@ -117,12 +151,7 @@ class Recorder:
         calibration = loaded.detector.calibration_
         self._scale = calibration.pixel if calibration else None
 
-    def records(self, files: Iterable[InputFile]) -> Iterator[tuple[InputFile, str, dict[str, Any]]]:
-        """Score files.
-
-        Yields:
-            Each file in order, the name of its outputs, and its record; the outputs are written.
-        """
+    def records(self, files: Sequence[InputFile]) -> Generator[FileRecord, None, None]:
         started: deque[InputFile] = deque()
         writing: deque[tuple[InputFile, str, Future[dict[str, Any]]]] = deque()
 
@@ -154,7 +183,7 @@ class Recorder:
         return record(file.path, outcome.result, findings, self.job.choice, files)
 
 
-def _finished(file: InputFile, name: str, future: Future[dict[str, Any]]) -> tuple[InputFile, str, dict[str, Any]]:
+def _finished(file: InputFile, name: str, future: Future[dict[str, Any]]) -> FileRecord:
     try:
         return file, name, future.result()
     except MemoryError:  # maps and pictures are of the size of the image, however little of it the model sees
@@ -173,28 +202,38 @@ def opened_recorder(job: PredictionJob, announce: Callable[[str], None], watchin
     Raises:
         ConfigurationError: Wrong arguments, found before any image is scored.
     """
-    require_inputs(job.inputs, job.out, may_be_empty=watching)
-    if job.out is not None:
-        require_output_folder(job.out)
-    loaded = load_with(job.model, job.runtime, job.batch_size, job.num_workers, job.resize_px)
-    region = loaded.region(job.roi)
-    _say_what_is_missing(job, loaded, announce)
+    require_places(job, watching)
+    loaded, region = open_model(job)
+    say_what_is_missing(job, ModelAbilities.of(loaded), announce)
     with kept_for_this_call(job.out), loaded.workers() as pool:
-        if job.out is not None:
-            _remove_unfinished_outputs(job.out)
+        remove_unfinished_outputs(job.out)
         yield Recorder(job, loaded, region, pool, OutputNames())
 
 
-def _say_what_is_missing(job: PredictionJob, loaded: LoadedDetector, announce: Callable[[str], None]) -> None:
-    if not loaded.has_thresholds:
+def require_places(job: PredictionJob, watching: bool) -> None:
+    """Raise ConfigurationError unless there are images, or may yet be, and the outputs can be written."""
+    require_inputs(job.inputs, job.out, may_be_empty=watching)
+    if job.out is not None:
+        require_output_folder(job.out)
+
+
+def open_model(job: PredictionJob) -> tuple[LoadedDetector, RegionOfInterest | None]:
+    """Load the model, and read what counts in every image."""
+    loaded = load_with(job.model, job.runtime, job.batch_size, job.num_workers, job.resize_px)
+    return loaded, loaded.region(job.roi)
+
+
+def say_what_is_missing(job: PredictionJob, model: ModelAbilities, announce: Callable[[str], None]) -> None:
+    """Tell what this model cannot say of an image; raise ConfigurationError if it was asked for."""
+    if not model.has_thresholds:
         if job.needs_decision:
             raise ConfigurationError(
                 f"model {str(job.model)!r} was stored without calibration, so that nothing is a defect to "
                 "--fail_on_defect: train it with --calibration kfold, or leave the option out"
             )
         announce("the model was stored without calibration: no decisions, masks and contours, raw scores alone")
-    if not loaded.has_maps:
-        announce(f"method {loaded.detector.method} has no anomaly maps: no areas, boxes, overlays, masks and heat maps")
+    if not model.has_maps:
+        announce(f"method {model.method} has no anomaly maps: no areas, boxes, overlays, masks and heat maps")
 
 
 @contextmanager
@@ -214,8 +253,10 @@ def kept_for_this_call(out: Path | None) -> Iterator[None]:
         yield
 
 
-def _remove_unfinished_outputs(out: Path) -> None:
-    """Remove what a killed call has left; not all below the folder, which may be one that the user works in."""
+def remove_unfinished_outputs(out: Path | None) -> None:
+    """Remove what a killed process has left; not all below the folder, which may be one that the user works in."""
+    if out is None:
+        return
     for path in out.glob(".*" + UNFINISHED):
         if path.is_file():
             path.unlink(missing_ok=True)
@@ -239,19 +280,27 @@ def predict_files(job: PredictionJob, announce: Callable[[str], None], tell: Cal
             f"--out {str(job.out)!r} holds the results of a watched folder: choose another, or go on with --watch"
         )
     tally = Tally()
-    with opened_recorder(job, announce, watching=False) as recorder:
+    with _opened(job, announce) as recorder:
         if job.out is not None:  # an older table would stand beside the pictures of this call if it were ended
             (job.out / TABLE).unlink(missing_ok=True)
         files = list(find_inputs(job.inputs, job.out))
-        records = progress(recorder.records(files), "images", total=len(files))
-        with _table(job) as add:
-            for _, _, told in records:
+        with _table(job) as add, closing(recorder.records(files)) as records:
+            for _, _, told in progress(records, "images", total=len(files)):
                 tally.count(told)
                 report(told, tell)
                 add(table_row(told, job.choice))
     where = f": {job.out / TABLE}" if job.out is not None else ""
     announce(f"{tally}{where}")
     return tally
+
+
+def _opened(job: PredictionJob, announce: Callable[[str], None]) -> AbstractContextManager[Records]:
+    """Return what scores the files: this process, or others."""
+    if job.launch.is_in_process:
+        return opened_recorder(job, announce, watching=False)
+    from patchcore.inference.distributed import opened_workers
+
+    return opened_workers(job, announce)
 
 
 def report(told: dict[str, Any], tell: Callable[[str], None] | None) -> None:

@@ -233,6 +233,10 @@ def watch_files(
         ConfigurationError: Wrong arguments, found before any image is scored.
     """
     require_positive("--patience", patience)
+    if not job.launch.is_in_process:
+        raise ConfigurationError(
+            f"--watch with --launcher {job.launch.launcher}: files are scored here as they land: leave one of them out"
+        )
     if job.out is None:
         raise ConfigurationError("--watch keeps its state in the folder of the outputs: type --out")
     tally = Tally()
