@@ -13,8 +13,8 @@ from patchcore.configs import RunConfig
 from patchcore.configs.data import DatasetConfig
 from patchcore.configs.typed import TypedRun
 from patchcore.errors import ConfigurationError
-from patchcore.storage.run_folder import ClassResult
-from patchcore.sweep.definition import PRESETS, Sweep, Variant, read_sweep
+from patchcore.storage.run_folder import ClassResult, write_run_config
+from patchcore.sweep.definition import PRESETS, Sweep, Variant, read_sweep, split_words
 from patchcore.sweep.plan import PlannedRun, plan_table, seconds_of
 
 METHOD = " ".join(SMALL_METHOD)
@@ -86,13 +86,41 @@ def test_a_sweep_does_what_is_missing_and_compares_all(data: Path, tiny: Path, t
 
 def test_a_variant_that_fails_loses_no_other(data: Path, tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    (out / "tiny" / "half_S0").mkdir(parents=True)
-    (out / "tiny" / "half_S0" / "results.txt").write_text("something else")
+    tiny.write_text(TINY.replace("      - sampler -p 0.5", "      - -le nowhere sampler -p 0.5"))
     done = sweep(tiny, data, out, "--seed", 0, "-d", "rod")
     assert done.code == 1
-    assert "error: variant half: " in done.err and "half_S0' holds no readable config.json" in done.err
+    assert "error: variant half: " in done.err and "nowhere" in done.err
     assert read_rows(out / "tiny" / "tenth_S0" / "results.csv")[0]["Row Names"] == "mpdd_rod"
     assert (out / "tiny" / "comparison" / "comparison.csv").exists()
+
+
+@pytest.mark.parametrize("flags", [(), ("--dry_run",)])
+def test_a_folder_of_another_run_is_found_before_the_first_training(
+    data: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr("patchcore.sweep.run.train_and_evaluate", lambda *_: pytest.fail("a training has begun"))
+    taken = tmp_path / "out" / "tiny" / "tenth_S1"  # the last of all runs
+    taken.mkdir(parents=True)
+    (taken / "results.txt").write_text("something else")
+    for config, expected in (
+        (None, "tenth_S1' holds no readable config.json"),
+        ({"method": "fastflow"}, "method: 'fastflow' there, 'patchcore' now"),
+    ):
+        if config is not None:
+            write_run_config(taken, config, {})
+        done = sweep(tiny, data, tmp_path / "out", *flags)
+        assert done.code == 2 and len(done.error_lines) == 1 and not done.out
+        assert done.err.startswith("error: variant tenth: ") and expected in done.err and "another --out" in done.err
+        assert [p.name for p in (tmp_path / "out" / "tiny").iterdir()] == ["tenth_S1"]
+
+
+def test_the_offline_preset_downloads_nothing() -> None:
+    offline = read_sweep("offline")
+    for name, variant in offline.variants.items():
+        words = split_words(variant.arguments)
+        chosen = [words[i + 1] for i, word in enumerate(words) if word in ("-b", "--backbone")]
+        assert chosen == ([] if name == "Autoencoder" else ["efficientnet_lite0"])
+    assert len(offline.variants) == 6
 
 
 @pytest.mark.parametrize("path", sorted(PRESETS.glob("*.yaml")), ids=lambda p: p.stem)

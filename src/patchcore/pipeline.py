@@ -124,6 +124,26 @@ def train_and_evaluate(
     return not any(record.failures for record in finished)
 
 
+def require_same_runs(
+    method: str, config_of: ConfigOf, run: RunConfig, dataset: DatasetConfig, folders: Mapping[int, Path]
+) -> None:
+    """Raise ConfigurationError if a folder that --skip_existing would take over holds another run.
+
+    Args:
+        method: Name in the registry of detectors.
+        config_of: Configuration of the method for a class.
+        run: What was asked for.
+        dataset: What to read, its classes named.
+        folders: Run folder of each seed.
+    """
+    used = {seed: folder for seed, folder in folders.items() if not run_folder.is_unused(folder)}
+    if not used or run.runtime.precision == "auto":  # which that is depends on the machine that tasks run on
+        return
+    configs = {category: config_of(category) for category in dataset.categories}
+    for seed, folder in used.items():
+        run_folder.require_same_config(folder, _identity(method, configs, run, dataset, seed))
+
+
 @dataclass(frozen=True)
 class _Training:
     """A run that has been checked: opens its folders, and makes its tasks.

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 
 from patchcore.configs.typed import TypedRun
 from patchcore.datasets.inspection import resolve_categories
 from patchcore.datasets.registry import dataset_class
+from patchcore.errors import ConfigurationError
 from patchcore.evaluation.report import text_table
-from patchcore.pipeline import possible_outputs, seed_folder_name
+from patchcore.pipeline import possible_outputs, require_same_runs, seed_folder_name
 from patchcore.resuming import Earlier, finished_classes
 from patchcore.storage import run_folder
 from patchcore.storage.run_folder import ClassResult
@@ -81,12 +82,18 @@ def plan_run(name: str, typed: TypedRun) -> PlannedRun:
     """Look what is there of a variant.
 
     Raises:
-        ConfigurationError: The data set or one of its classes is not there.
+        ConfigurationError: The data set or one of its classes is not there, or a run folder holds another run.
     """
     dataset, run = typed.dataset, typed.run
     categories = tuple(resolve_categories(dataset, dataset_class(dataset.name).categories))
     parent = Path(run.results_path) / run.log_project
     folders = {seed: parent / seed_folder_name(run, seed) for seed in run.seeds}
+    try:
+        require_same_runs(typed.method, typed.config_of, run, replace(dataset, categories=categories), folders)
+    except ConfigurationError as error:
+        raise ConfigurationError(
+            f"variant {name}: {error} (of a sweep: another --out, or another name of the variant)"
+        ) from error
     rows = {category: run_folder.row_name(dataset.name, category) for category in categories}
     outputs = possible_outputs(typed.method, run.outputs)
     earlier = {seed: finished_classes(folder, rows, outputs) for seed, folder in folders.items()}

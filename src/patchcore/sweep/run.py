@@ -39,7 +39,7 @@ def run_sweep(
         Whether everything is finished and compared.
 
     Raises:
-        ConfigurationError: The data are not there; nothing has been written then.
+        ConfigurationError: The data are not there, or a run folder holds another run; nothing has been written then.
     """
     planned = [plan_run(name, typed) for name, typed in runs]
     announce(plan_table(planned))
