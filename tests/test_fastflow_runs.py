@@ -282,7 +282,7 @@ def test_spread_is_measured_for_whom_it_matters_and_changes_no_weight(
     monkeypatch.setattr(
         FastFlowNet,
         "measure_spread",
-        lambda self, features, batch_size: calls.append(1) or measure(self, features, batch_size),
+        lambda self, *given: calls.append(1) or measure(self, *given),
     )
     assert train(tmp_path, data, "--save_model", "--calibration", "none", *flags).code == 0
     assert len(calls) == measured

@@ -16,7 +16,7 @@ from in_process import read_rows
 from PIL import Image
 from sklearn import metrics as sklearn_metrics
 
-from patchcore import class_run
+from patchcore import class_run, class_scoring
 from patchcore.configs import (
     BackboneConfig,
     DatasetConfig,
@@ -376,7 +376,7 @@ def test_resized_and_cropped_images_have_no_sizes(data: Path, registered: None, 
 
 def test_maps_of_one_size_are_not_copied() -> None:
     maps = np.zeros((2, 5, 7), dtype=np.float32)
-    assert class_run._extended(maps, (5, 7), 0) is maps
+    assert class_scoring.extended(maps, (5, 7), 0) is maps
 
 
 def test_tiles_of_fastflow(data: Path, tmp_path: Path) -> None:
@@ -411,8 +411,8 @@ def test_slow_detectors_are_measured_on_fewer_images(
         nonlocal now, scored
         now, scored = now + seconds, scored + 1
 
-    monkeypatch.setattr(class_run, "time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(class_scoring, "time", SimpleNamespace(perf_counter=lambda: now))
     test = InspectionDataset(data, "part", DatasetSplit.TEST, WHOLE)
-    timings = class_run._latency(SimpleNamespace(predict=predict), test)  # type: ignore[arg-type]
+    timings = class_scoring.latency(SimpleNamespace(predict=predict), test)  # type: ignore[arg-type]
     assert scored == calls
     assert timings == {"latency_p50_ms": pytest.approx(1000 * seconds), "latency_p95_ms": pytest.approx(1000 * seconds)}

@@ -5,16 +5,18 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import patchcore.methods  # enters every detector into the registry, in workers too
-from patchcore.class_run import ClassTask, train_class
-from patchcore.configs import PreprocessingConfig, RunConfig, RuntimeConfig
+from patchcore.class_run import ClassTask, learn_class, train_class
+from patchcore.configs import DatasetConfig, OutputConfig, PreprocessingConfig, RunConfig, RuntimeConfig
 from patchcore.detector import DETECTORS, DetectorBuilder
-from patchcore.errors import DataError
+from patchcore.errors import ConfigurationError, DataError
 from patchcore.failures import reason
+from patchcore.process_group import Processes
 from patchcore.runtime import resolve_device, set_threads
 from patchcore.storage import run_folder
 from patchcore.storage.run_folder import ClassResult
@@ -95,6 +97,35 @@ class TrainInWorker:
 @functools.lru_cache(maxsize=1)  # a worker meets the same configuration again with the next class
 def _builder(method: str, config: Any, preprocessing: PreprocessingConfig, runtime: RuntimeConfig) -> DetectorBuilder:
     return DETECTORS[method].prepare(config, preprocessing, runtime)
+
+
+def train_along(
+    processes: Processes, method: str, config_of: Callable[[str], Any], run: RunConfig, dataset: DatasetConfig
+) -> None:
+    """Train, with a share of the images, each class that the first process trains, until it says that none is left.
+
+    What is wrong with a class is found by all processes, and said by the first.
+
+    Args:
+        processes: Of which this one is not the first.
+        method: Name in the registry of detectors.
+        config_of: Configuration of the method for a class.
+        run: What was asked for.
+        dataset: What to read.
+    """
+    set_threads(run.runtime.threads)
+    device = resolve_device(run.runtime.device, run.runtime.gpus, warn=False)
+    task = ClassTask(Path(run.results_path), dataset, OutputConfig(), device, run.epochs, processes=processes)
+    nothing_left: tuple[str, int] | None = None
+    while True:
+        with processes.in_step():
+            begun = processes.from_first(nothing_left)
+            if begun is None:
+                return
+            category, seed = begun
+            builder = _builder(method, config_of(category), dataset.preprocessing, run.runtime)
+            with suppress(DataError, ConfigurationError):
+                learn_class(task, category, seed, builder, run)
 
 
 def limited(runtime: RuntimeConfig) -> RuntimeConfig:

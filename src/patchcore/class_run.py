@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from patchcore.batch_halving import PredictInMemory, call_in_memory
+from patchcore.batch_halving import call_in_memory
 from patchcore.class_data import count_lost_regions, open_dataset, open_validation
+from patchcore.class_scoring import ScoredImages, latency, score_images
 from patchcore.class_shares import Crew
 from patchcore.configs import DatasetConfig, EpochConfig, OutputConfig, RunConfig, TrainingSource
 from patchcore.datasets.images import IGNORED
@@ -23,7 +24,6 @@ from patchcore.detector import (
     AnomalyDetector,
     DetectorBuilder,
     ImageShares,
-    Prediction,
     TrainingArtifacts,
     TrainingPlan,
 )
@@ -40,6 +40,7 @@ from patchcore.evaluation.plots.pictures import (
     segmentation_picture,
 )
 from patchcore.evaluation.summary import class_metrics, defect_metrics
+from patchcore.process_group import ALONE, Processes
 from patchcore.resuming import checkpoint_path, read_checkpoint, remove_checkpoint
 from patchcore.runtime import in_threads, peak_memory_megabytes, progress, reset_peak_memory
 from patchcore.scoring.calibration import Calibration, MapStatistics, calibrate
@@ -52,10 +53,6 @@ from patchcore.storage.torch_export import state_bytes
 LOGGER = logging.getLogger(__name__)
 
 PIXELS_PER_PASS = 2**19  # ten images of 224 px: networks take longer per image with fewer, and not less with more
-LATENCY_IMAGES = 20
-LATENCY_WARMUP = 2
-LATENCY_SECONDS = 10  # of measuring, after which LATENCY_IMAGES_AT_LEAST are enough
-LATENCY_IMAGES_AT_LEAST = 3
 EPOCH_METRICS = ("instance_auroc", "full_pixel_auroc")
 
 
@@ -69,6 +66,7 @@ class ClassTask:
     device: torch.device
     epochs: EpochConfig = field(default_factory=EpochConfig)
     log_group: str = ""
+    processes: Processes = ALONE
 
     def row_name(self, category: str) -> str:
         return run_folder.row_name(self.dataset.name, category)
@@ -83,24 +81,87 @@ class ClassTask:
 
 
 @dataclass(frozen=True)
-class _TestResult:
-    """Raw results on the test images of one class, in the order of the records.
+class Learned:
+    """What the training of a class leaves.
 
-    Images may differ in size: maps and masks are as high and as wide as the highest and the widest one, and those of
-    an image lie at the top left. The margin holds the map's minimum, which moves no extreme of the class, and IGNORED.
+    Attributes:
+        detector: Fitted.
+        calibration: From the training images by folds; None where that was not asked for.
+        held_out: Normal images that were kept from the gradients.
+        test: The test images.
+        validation: The images that choose thresholds, where the rule needs any.
+        num_images: Training images.
+        train_seconds: Time of the training.
+        calibration_seconds: Time of the folds.
     """
 
-    scores: np.ndarray  # float32 [N]
-    maps: np.ndarray | None  # float32 [N, H, W]
-    masks: np.ndarray | None  # uint8 [N, H, W]
-    images: list[np.ndarray] | None  # uint8 [3, h, w] each, kept for pictures alone
-    sizes: np.ndarray  # int64 [N, 2], height and width of each image
-    timings: dict[str, float | int | None]
+    detector: AnomalyDetector
+    calibration: Calibration | None
+    held_out: InspectionDataset
+    test: InspectionDataset
+    validation: InspectionDataset | None
+    num_images: int
+    train_seconds: float
+    calibration_seconds: float
 
-    def of_image(self, arrays: np.ndarray, index: int) -> np.ndarray:
-        """Return what `maps` or `masks` hold of one image, [h, w], without the margin."""
-        height, width = self.sizes[index]
-        return arrays[index, :height, :width]
+
+def learn_class(
+    task: ClassTask, category: str, seed: int, builder: DetectorBuilder, run: RunConfig, crew: Crew | None = None
+) -> Learned:
+    """Train one class and score its folds: all that the processes of a training do together.
+
+    The first of them alone reads what is not trained on, and writes files.
+
+    Args:
+        task: The run.
+        category: The class.
+        seed: The seed.
+        builder: What makes its detector.
+        run: What was asked for.
+        crew: As for `train_class`.
+    """
+    processes = task.processes
+    with processes.together():
+        train, held_out, test = (open_dataset(task.dataset, category, split, seed) for split in DatasetSplit)
+        validation = None
+        detector = builder(TrainingSource(task.dataset.name, category, seed), task.device)
+        if processes.is_first:
+            if run.validation_path is not None:
+                validation = open_validation(task.dataset, run.validation_path, category)
+            for part in (train, held_out, test, *([validation] if validation else [])):
+                part.check_files(detector.smallest_side_px)
+        shares = crew.shares(task, train, seed, task.images_per_pass) if crew is not None else None
+        plan = _training_plan(task, category, detector, held_out, test, shares)
+    _require_same_images(processes.gathered((len(train), len(held_out))), category)
+    own = processes.share(len(train))
+    detector.plan = replace(plan, resume_from=processes.from_first(plan.resume_from), first_image=own.start)
+    own_images = train.subset(own)
+    started = time.perf_counter()
+    try:
+        if shares is not None:
+            detector.fit(_loader(task, train))  # which the shares read
+        else:
+            batch_size = max(1, min(_loader(task, own_images).batch_size, len(own_images)))
+            call_in_memory(detector.fit, lambda size: _loader(task, own_images, size), batch_size, category)
+    except ConfigurationError as error:
+        if detector.plan.resume_from is None:
+            raise
+        raise DataError(f"{task.checkpoint(category)}: {error}") from error  # the fault of this class alone
+    finally:  # the history matters most where training failed
+        if processes.is_first:
+            history_folder = task.folder / "training" / task.row_name(category)
+            _write_history(history_folder, category, detector.training_artifacts(task.log_group))
+    trained = time.perf_counter()
+    calibration = _fold_calibration(detector, category) if run.calibration == "kfold" else None
+    seconds = time.perf_counter() - trained
+    return Learned(detector, calibration, held_out, test, validation, len(train), trained - started, seconds)
+
+
+def _require_same_images(found: Sequence[tuple[int, int]], category: str) -> None:
+    """Raise DataError unless all processes, which may be on several machines, see as many images."""
+    if len(set(found)) > 1:
+        counts = ", ".join(str(train + held_out) for train, held_out in found)
+        raise DataError(f"{category}: the processes find {counts} training images: give each machine the same data set")
 
 
 def train_class(
@@ -122,47 +183,30 @@ def train_class(
         crew: What reads the training images in shares; None where this process reads them.
     """
     reset_peak_memory()
-    train, held_out, test = (open_dataset(task.dataset, category, split, seed) for split in DatasetSplit)
-    validation = (
-        open_validation(task.dataset, run.validation_path, category) if run.validation_path is not None else None
-    )
-    detector = builders[category](TrainingSource(task.dataset.name, category, seed), task.device)
-    for part in (train, held_out, test, *([validation] if validation else [])):
-        part.check_files(detector.smallest_side_px)
-    shares = crew.shares(task, train, seed, task.images_per_pass) if crew is not None else None
-    detector.plan = _training_plan(task, category, detector, held_out, test, shares)
-    history_folder = task.folder / "training" / task.row_name(category)
+    with task.processes.in_step():
+        task.processes.from_first((category, seed))  # the others wait for it
+        learned = learn_class(task, category, seed, builders[category], run, crew)
+    detector, test = learned.detector, learned.test
     started = time.perf_counter()
-    try:
-        if shares is not None:
-            detector.fit(_loader(task, train))  # which the shares read
-        else:
-            batch_size = min(_loader(task, train).batch_size, len(train))
-            call_in_memory(detector.fit, lambda size: _loader(task, train, size), batch_size, category)
-    except ConfigurationError as error:
-        if detector.plan.resume_from is None:
-            raise
-        raise DataError(f"{task.checkpoint(category)}: {error}") from error  # the fault of this class alone
-    finally:  # the history matters most where training failed
-        _write_history(history_folder, category, detector.training_artifacts(task.log_group))
-    trained = time.perf_counter()
-    calibration = _calibrate(detector, run.calibration, held_out, task)
+    calibration = learned.calibration
+    if run.calibration == "split":
+        calibration = _split_calibration(detector, learned.held_out, task)
     if calibration is not None:
+        validation = learned.validation
         labelled = _validation_scores(detector, _loader(task, validation)) if validation else None
         detector.calibration_ = with_rule(calibration, run.threshold_rule, labelled)
     detector.release_training_data()
-    calibrated = time.perf_counter()
+    calibration_seconds = learned.calibration_seconds + time.perf_counter() - started
     if task.outputs.models:
         exports = detector.training_artifacts(task.log_group).exports
         folder = task.folder / "models" / task.row_name(category)
         detector.save(folder, {name: content() for name, content in exports.items()})
-    LOGGER.debug(
-        "%s: %d training images, %s", category, len(train), detector.calibration_ and detector.calibration_.image
-    )
+    calibrated = detector.calibration_
+    LOGGER.debug("%s: %d training images, %s", category, learned.num_images, calibrated and calibrated.image)
     timings = {
-        "train_images": len(train),
-        "train_seconds": trained - started,
-        "calibration_seconds": calibrated - trained,
+        "train_images": learned.num_images,
+        "train_seconds": learned.train_seconds,
+        "calibration_seconds": calibration_seconds,
     }
     result = evaluate_class(task, category, detector, test, timings)
     remove_checkpoint(task.checkpoint(category))  # last: who resumes an evaluation needs no training again
@@ -180,25 +224,31 @@ def _training_plan(
     """Return what surrounds the training of a class: held-out images, checkpoints, numbers that select nothing."""
     path = task.checkpoint(category)
     every = task.epochs
+    processes = task.processes
 
     def after_epoch(epoch: int, state: Callable[[], dict[str, Any]]) -> None:
-        if every.checkpoint_every is not None and epoch % every.checkpoint_every == 0:
+        if processes.is_first and every.checkpoint_every is not None and epoch % every.checkpoint_every == 0:
             write_bytes(path, state_bytes(state()))
         if every.eval_every is not None and epoch % every.eval_every == 0:
-            _announce_epoch(task, epoch, detector, test)
+            detector.tensors()  # completes them, which takes all processes
+            if processes.is_first:
+                _announce_epoch(task, epoch, detector, test)
 
+    own = processes.share(len(held_out))
     return TrainingPlan(
-        held_out=_loader(task, held_out) if len(held_out) else None,
-        resume_from=read_checkpoint(path, category) if path.exists() else None,
+        held_out=_loader(task, held_out.subset(own)) if len(held_out) else None,
+        resume_from=read_checkpoint(path, category) if processes.is_first and path.exists() else None,
         after_epoch=after_epoch if every != EpochConfig(None, None) else None,
         scratch_folder=task.folder,
         shares=shares,
+        processes=processes,
+        first_held_out=own.start,
     )
 
 
 def _announce_epoch(task: ClassTask, epoch: int, detector: AnomalyDetector, test: InspectionDataset) -> None:
     """Log the test metrics of an epoch, marked as what they are."""
-    result = _predict(detector, _loader(task, test), keep_images=False)
+    result = score_images(detector, _loader(task, test), keep_images=False)
     labels = np.array([r.is_anomalous for r in test.records])
     metrics = class_metrics(result.scores, labels, result.maps, result.masks, None)
     shown = ", ".join(f"{name} {metrics[name]:.4f}" for name in EPOCH_METRICS if metrics[name] is not None)
@@ -222,20 +272,23 @@ def _loader(task: ClassTask, dataset: InspectionDataset, images_per_pass: int | 
     return ImageLoader(dataset, images_per_pass or task.images_per_pass, task.dataset.num_workers, pin_memory)
 
 
-def _calibrate(
-    detector: AnomalyDetector, method: str, held_out: InspectionDataset, task: ClassTask
-) -> Calibration | None:
-    """Calibrate on normal images that the scores' model has not seen; None where there are too few."""
-    if method == "none" or not detector.can_calibrate:
+def _fold_calibration(detector: AnomalyDetector, category: str) -> Calibration | None:
+    """Calibrate on training images, each scored by a model that has not seen it; None where there are too few."""
+    if not detector.can_calibrate:
         return None
-    if method == "kfold":
-        calibration = detector.out_of_fold_calibration()
-        if calibration is None:
-            LOGGER.warning("%s: one training image gives no threshold: calibration left out", held_out.category)
-        return calibration
+    calibration = detector.out_of_fold_calibration()
+    if calibration is None:
+        LOGGER.warning("%s: one training image gives no threshold: calibration left out", category)
+    return calibration
+
+
+def _split_calibration(detector: AnomalyDetector, held_out: InspectionDataset, task: ClassTask) -> Calibration | None:
+    """Calibrate on the held-out images."""
+    if not detector.can_calibrate:
+        return None
     if len(held_out) < 2:
         raise DataError(f"{len(held_out)} image(s) held out, calibration needs 2: lower --train_val_split")
-    result = _predict(detector, _loader(task, held_out), keep_images=False)
+    result = score_images(detector, _loader(task, held_out), keep_images=False)
     maps = result.maps
     chunks = [result.of_image(maps, i)[None] for i in range(len(maps))] if maps is not None else []
     return calibrate("split", 1, result.scores, MapStatistics.of(chunks) if chunks else None)
@@ -243,82 +296,12 @@ def _calibrate(
 
 def _validation_scores(detector: AnomalyDetector, loader: ImageLoader) -> ValidationScores:
     """Score labelled images and, where there are maps and masks, their pixels."""
-    result = _predict(detector, loader, keep_images=False)
+    result = score_images(detector, loader, keep_images=False)
     images = LabelledScores(result.scores, np.array([r.is_anomalous for r in loader.dataset.records]))
     if result.maps is None or result.masks is None:
         return ValidationScores(images, None)
     inside = result.masks != IGNORED
     return ValidationScores(images, LabelledScores(result.maps[inside], result.masks[inside] == DEFECT))
-
-
-def _predict(detector: AnomalyDetector, loader: ImageLoader, keep_images: bool) -> _TestResult:
-    """Score all images of a loader, and time it."""
-    predictions: list[Prediction] = []
-    masks: list[np.ndarray] = []
-    images: list[np.ndarray] = []
-    sizes: list[tuple[int, int]] = []
-    predict = PredictInMemory(detector)
-    started = time.perf_counter()
-    for batch in progress(loader, f"{loader.dataset.category}: scoring", total=len(loader)):
-        predictions += predict(batch["image"])
-        sizes += [tuple(image.shape[1:]) for image in batch["image"]]
-        # Copies: what a worker sent keeps a file open as long as it is held, and systems allow about a thousand.
-        if "mask" in batch:
-            masks.append(batch["mask"].numpy().copy())
-        if keep_images:
-            images += list(batch["image"].numpy().copy())
-    largest = max(height for height, _ in sizes), max(width for _, width in sizes)
-    for i, prediction in enumerate(predictions):  # one after the other: all maps may be large
-        if prediction.maps is not None and prediction.maps.shape[1:] != largest:
-            lowest = prediction.maps.min(axis=(1, 2), keepdims=True)
-            predictions[i] = replace(prediction, maps=_extended(prediction.maps, largest, lowest))
-    joined = detector.join(predictions)
-    seconds = time.perf_counter() - started
-    timings: dict[str, float | int | None] = {
-        "test_images": loader.num_images,
-        "images_per_second": loader.num_images / seconds,
-    }
-    return _TestResult(
-        joined.scores,
-        joined.maps,
-        np.concatenate([_extended(mask, largest, IGNORED) for mask in masks]) if masks else None,
-        images if keep_images else None,
-        np.array(sizes),
-        timings,
-    )
-
-
-def _extended(arrays: np.ndarray, size: tuple[int, int], fill: np.ndarray | int) -> np.ndarray:
-    """Give arrays [B, h, w] a margin at the bottom and on the right, so that they have `size`.
-
-    Args:
-        arrays: Maps or masks; they come back as they are if they have that size.
-        size: Height and width, at least those of the arrays.
-        fill: Value of the margin: one number, or [B, 1, 1].
-    """
-    height, width = arrays.shape[1:]
-    if (height, width) == size:
-        return arrays
-    extended = np.empty((len(arrays), *size), arrays.dtype)
-    extended[:] = fill
-    extended[:, :height, :width] = arrays
-    return extended
-
-
-def _latency(detector: AnomalyDetector, test: InspectionDataset) -> dict[str, float | int | None]:
-    """Return the median and 95th percentile of the time for one image that is in memory, ms."""
-    images = [test[i]["image"][None] for i in range(min(LATENCY_IMAGES, len(test)))]
-    for image in images[:LATENCY_WARMUP]:
-        detector.predict(image)
-    milliseconds: list[float] = []
-    for image in progress(images, f"{test.category}: latency"):
-        started = time.perf_counter()
-        detector.predict(image)
-        milliseconds.append(1000 * (time.perf_counter() - started))
-        if len(milliseconds) >= LATENCY_IMAGES_AT_LEAST and sum(milliseconds) > 1000 * LATENCY_SECONDS:
-            break
-    p50, p95 = np.percentile(milliseconds, [50, 95])
-    return {"latency_p50_ms": float(p50), "latency_p95_ms": float(p95)}
 
 
 def evaluate_class(
@@ -330,7 +313,7 @@ def evaluate_class(
 ) -> ClassResult:
     """Score the test images of one class, compute its numbers, and write its files; the record comes last."""
     row_name = task.row_name(category)
-    result = _predict(detector, _loader(task, test), keep_images=task.outputs.segmentation_images)
+    result = score_images(detector, _loader(task, test), keep_images=task.outputs.segmentation_images)
     peak_memory = peak_memory_megabytes()  # of the method, before metrics and pictures
     calibration = detector.calibration_
     threshold = calibration.image.threshold if calibration else None
@@ -345,7 +328,7 @@ def evaluate_class(
         "calibration_seconds": None,
         **timings,
         **result.timings,
-        **_latency(detector, test),
+        **latency(detector, test),
         "peak_memory_mb": peak_memory,
         "model_mb": sum(t.nbytes for t in detector.tensors().values()) / 1e6,
     }
@@ -359,7 +342,7 @@ def evaluate_class(
     return record
 
 
-def _false_alarms(result: _TestResult, good: np.ndarray, calibration: Calibration) -> list[dict[str, Any]]:
+def _false_alarms(result: ScoredImages, good: np.ndarray, calibration: Calibration) -> list[dict[str, Any]]:
     """Return the rows of false_alarms.csv: what the thresholds flag of the good test images, by their numbers."""
     counts = [image_false_alarms(result.scores[good], calibration.image.threshold)]
     if result.maps is not None and calibration.pixel is not None:
@@ -370,7 +353,7 @@ def _false_alarms(result: _TestResult, good: np.ndarray, calibration: Calibratio
 
 
 def _write_scores(
-    task: ClassTask, row_name: str, test: InspectionDataset, result: _TestResult, calibration: Calibration | None
+    task: ClassTask, row_name: str, test: InspectionDataset, result: ScoredImages, calibration: Calibration | None
 ) -> None:
     """Write the csv of image scores, and the raw maps if they were asked for."""
     paths = [r.path.relative_to(test.root).as_posix() for r in test.records]
@@ -390,7 +373,7 @@ def _write_scores(
 
 
 def _write_pictures(
-    folder: Path, test: InspectionDataset, result: _TestResult, calibration: Calibration | None
+    folder: Path, test: InspectionDataset, result: ScoredImages, calibration: Calibration | None
 ) -> None:
     """Write one picture per test image, all on one colour scale."""
     assert result.images is not None

@@ -17,6 +17,7 @@ import torch
 
 from patchcore.configs import BackboneWeights, PreprocessingConfig, RuntimeConfig, TrainingSource
 from patchcore.errors import ConfigurationError
+from patchcore.process_group import ALONE, Processes
 from patchcore.scoring.calibration import Calibration
 from patchcore.storage.manifest import library_versions
 from patchcore.storage.model_folder import FORMAT_VERSION, ModelHeader, write_model_folder
@@ -94,6 +95,9 @@ class TrainingPlan:
         after_epoch: Called after each epoch; the detector predicts then.
         scratch_folder: Where large arrays lie during the training, in files without a name; None: that of `tempfile`.
         shares: What reads the images in other processes, for a configuration that learns so; None for others.
+        processes: Those that train together, for a method that can; each fits the images of its own share.
+        first_image: Number of the first of them among the images of all processes.
+        first_held_out: The same of the held-out images.
     """
 
     held_out: ImageBatches | None = None
@@ -101,6 +105,9 @@ class TrainingPlan:
     after_epoch: AfterEpoch | None = None
     scratch_folder: Path | None = None
     shares: ImageShares | None = None
+    processes: Processes = ALONE
+    first_image: int = 0
+    first_held_out: int = 0
 
 
 @dataclass(frozen=True)

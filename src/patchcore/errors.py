@@ -15,6 +15,21 @@ class Terminated(BaseException):
     """The process was asked to end (SIGTERM), as Ctrl-C asks with KeyboardInterrupt; no failure of what it met."""
 
 
+class ProcessLost(BaseException):
+    """One of several processes that train together has failed by itself, so that the others cannot go on (exit code 1).
+
+    No failure of one class: the next one would wait for a process that is gone.
+
+    Args:
+        message: One line.
+        is_elsewhere: Another process than this one has failed, and says why.
+    """
+
+    def __init__(self, message: str, is_elsewhere: bool) -> None:
+        super().__init__(message)
+        self.is_elsewhere = is_elsewhere
+
+
 class DataError(RuntimeError):
     """Something is wrong with the files of one class (exit code 1; other classes go on).
 

@@ -24,7 +24,7 @@ import patchcore
 import patchcore.methods  # enters every detector into the registry
 from patchcore.calibration_data import require_calibration_images
 from patchcore.class_data import open_dataset
-from patchcore.class_jobs import RUN_LOG, ClassJob, TrainInWorker, limited, worker_log
+from patchcore.class_jobs import RUN_LOG, ClassJob, TrainInWorker, limited, train_along, worker_log
 from patchcore.class_run import ClassTask, evaluate_class, train_class
 from patchcore.class_shares import Crew
 from patchcore.config_json import config_to_dict
@@ -41,6 +41,7 @@ from patchcore.datasets.registry import dataset_class
 from patchcore.detector import DETECTORS, DetectorBuilder
 from patchcore.errors import ConfigurationError
 from patchcore.launching import Executor, InThisProcess, Job, open_executor
+from patchcore.process_group import ALONE, Processes
 from patchcore.resuming import Earlier, finished_classes, new_folder, reopen
 from patchcore.run_record import Announce, RunRecord, write_seed_table
 from patchcore.runtime import (
@@ -63,7 +64,12 @@ ConfigOf = Callable[[str], Any]
 
 
 def train_and_evaluate(
-    method: str, config_of: ConfigOf, run: RunConfig, dataset: DatasetConfig, announce: Announce
+    method: str,
+    config_of: ConfigOf,
+    run: RunConfig,
+    dataset: DatasetConfig,
+    announce: Announce,
+    processes: Processes | None = None,
 ) -> bool:
     """Train and evaluate one method on every class, for every seed.
 
@@ -73,13 +79,18 @@ def train_and_evaluate(
         run: Where to write, seeds and outputs.
         dataset: What to read.
         announce: Receives the lines meant for the user: the run folder first and last, the result table.
+        processes: Those that train each class together, of which the first does all the rest; None for this one alone.
 
     Returns:
-        Whether every class was finished.
+        Whether every class was finished; True where the first process knows.
 
     Raises:
         ConfigurationError: Something is wrong with the arguments; nothing has been written then.
     """
+    processes = processes or ALONE
+    if not processes.is_first:
+        train_along(processes, method, config_of, run, dataset)
+        return True
     categories = resolve_categories(dataset, dataset_class(dataset.name).categories)
     dataset = replace(dataset, categories=tuple(categories))
     require_trackers(run.tracking, run.log_project)
@@ -113,7 +124,7 @@ def train_and_evaluate(
             LOGGER.warning("%s has no anomaly maps: neither pictures nor raw maps are written", method)
         training = _Training(
             method, configs, run, dataset, outputs, device, identities, reopened, earlier, announce, stack,
-            builders if executor.is_in_process else None, crew,
+            builders if executor.is_in_process else None, crew, processes,
         )  # fmt: skip
         finished = _run_seeds(executor, run.seeds, training.begin, training.job, len(to_do))
         if len(run.seeds) > 1:
@@ -162,6 +173,7 @@ class _Training:
         stack: Holds folders, trackers and locks until the end.
         builders: What makes the detector of each class in this process; None where tasks run in others.
         crew: What reads the training images in shares; None where whoever trains a class reads them.
+        processes: Those that train each class together.
     """
 
     method: str
@@ -177,6 +189,7 @@ class _Training:
     stack: ExitStack
     builders: Mapping[str, DetectorBuilder] | None
     crew: Crew | None
+    processes: Processes
 
     def begin(self, seed: int) -> RunRecord:
         """Open the run folder of a seed."""
@@ -190,7 +203,7 @@ class _Training:
             self.stack.callback(remove_unfinished, folder)
         seedless = run_folder.group_without_seed(run.log_group)  # seeds of several commands belong together too
         tracker = open_tracker(run.tracking, folder, run.log_project, seedless, identity)
-        task = ClassTask(folder, self.dataset, self.outputs, self.device, run.epochs, name)
+        task = ClassTask(folder, self.dataset, self.outputs, self.device, run.epochs, name, self.processes)
         record = RunRecord(task, self.earlier.get(seed, {}), tracker, _environment(self.device), self.announce)
         return self.stack.enter_context(record)
 

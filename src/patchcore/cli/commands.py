@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ from patchcore.configs import (
 )
 from patchcore.configs.typed import TypedRun, TypedSetting
 from patchcore.runtime import log_to_console
+from patchcore.torchrun import is_follower
 
 SAVE_MODEL_OPTION = click.option("--save_model", is_flag=True, help="One model folder per class.")
 SKIP_EXISTING_OPTION = click.option(
@@ -113,8 +115,10 @@ def run_config(
 
 
 def prepare_console() -> None:
-    """Send the toolkit's own log to the terminal, and nobody else's."""
+    """Send the toolkit's own log to the terminal, and nobody else's; of several processes that of the first."""
     log_to_console()
+    if is_follower():
+        logging.getLogger("patchcore").setLevel(logging.CRITICAL)
     quiet_libraries()
 
 

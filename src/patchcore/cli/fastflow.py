@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +29,22 @@ from patchcore.cli.fastflow_options import (
     fastflow_dataset_step,
     typed_fastflow,
 )
-from patchcore.cli.grammar import ChainedCommand
+from patchcore.cli.grammar import EXIT_FAILED, ChainedCommand, announce
 from patchcore.cli.steps import refuse, with_options
 from patchcore.cli.training_options import DEFAULT_CHECKPOINT_EVERY, EPOCH_OPTIONS, require_held_out_for
 from patchcore.cli.typed_dataset import TypedDataset
 from patchcore.cli.typed_fastflow import TypedFastFlow
 from patchcore.config_json import config_to_dict
-from patchcore.configs import LOCAL, EpochConfig, FastFlowConfig, PreprocessingConfig, RunConfig, ThresholdRule
+from patchcore.configs import (
+    LOCAL,
+    DatasetConfig,
+    EpochConfig,
+    FastFlowConfig,
+    PreprocessingConfig,
+    RunConfig,
+    ThresholdRule,
+)
+from patchcore.torchrun import Place, own_runtime, require_no_launcher, require_one_process, torchrun_place
 
 LOGGER = logging.getLogger(__name__)
 
@@ -46,6 +57,7 @@ STORED_HERE = "stored models are evaluated in this process"
     cls=ChainedCommand,
     required_steps=("dataset", "fastflow"),
     once=("--log_group", "--checkpoint", "--category"),
+    under_torchrun=True,
 )
 @click.argument("results_path")
 @with_options(
@@ -62,6 +74,7 @@ def run_fastflow(**options: Any) -> None:
     """Train FastFlow on good images and evaluate it: RESULTS_PATH, then the steps dataset and fastflow.
 
     Tables, scores and pictures go to RESULTS_PATH/LOG_PROJECT/LOG_GROUP, or LOG_GROUP_0, _1, ... if that exists.
+    Started by torchrun, the processes train together, with the losses of one process.
     """
 
 
@@ -76,6 +89,7 @@ def _run(steps: list[tuple[str, Any]], eval_only: bool, checkpoint: str | None, 
         raise click.UsageError(f"{found} without {missing}: type both to evaluate a stored model, or neither to train")
     if checkpoint is None:
         return _train(model, dataset, run)
+    require_one_process("run_fastflow --eval_only")
     _refuse_training_options(run)
     save_folder = str(Path(run.results_path) / run.log_project / run.log_group)
     return _evaluate((checkpoint,), model, dataset, Evaluation(save_folder, run.outputs, run.runtime))
@@ -118,7 +132,28 @@ def _train(model: TypedFastFlow, typed: TypedDataset, run: RunConfig) -> int:
             LOGGER.info("%s: preset %s of %s, %s", category, preset.category, preset.backbone, preset.source)
         return model.config_of(category, typed)
 
-    return train("fastflow", config_of, run, dataset)
+    place = torchrun_place()
+    if place is None:
+        return train("fastflow", config_of, run, dataset)
+    require_no_launcher(run.launch)
+    return _train_together(place, config_of, run, dataset)
+
+
+def _train_together(
+    place: Place, config_of: Callable[[str], FastFlowConfig], run: RunConfig, dataset: DatasetConfig
+) -> int:
+    """Train as one of the processes that torchrun has started."""
+    import torch
+
+    from patchcore.pipeline import train_and_evaluate
+    from patchcore.process_group import open_group
+    from patchcore.runtime import resolve_device
+
+    runtime = own_runtime(run.runtime, place, torch.cuda.device_count())
+    run = replace(run, runtime=runtime)
+    with open_group(place, resolve_device(runtime.device, runtime.gpus, warn=False)) as processes:
+        is_complete = train_and_evaluate("fastflow", config_of, run, dataset, announce, processes)
+    return 0 if is_complete else EXIT_FAILED
 
 
 def _evaluate(paths: tuple[str, ...], model: TypedFastFlow, dataset: TypedDataset, place: Evaluation) -> int:

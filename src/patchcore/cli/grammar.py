@@ -26,8 +26,9 @@ from typing import Any
 import click
 
 from patchcore.configs import near_matches
-from patchcore.errors import ConfigurationError, Terminated
+from patchcore.errors import ConfigurationError, ProcessLost, Terminated
 from patchcore.runtime import sigterm_as_exception
+from patchcore.torchrun import is_follower, leave_to_first, require_one_process
 
 HELP = "--help"
 RULE = (
@@ -41,10 +42,21 @@ EXIT_TERMINATED = 143
 
 
 class OneLineErrors(click.Command):
-    """A command whose errors are one line, with exit code 2 for what the user can mend."""
+    """A command whose errors are one line, with exit code 2 for what the user can mend.
+
+    Attributes:
+        under_torchrun: Whether it may be started by torchrun, in several processes.
+    """
+
+    under_torchrun = False
 
     def main(self, *args: Any, **extra: Any) -> Any:  # click's own signature
-        return run_with_exit_code(lambda: super(OneLineErrors, self).main(*args, **{**extra, "standalone_mode": False}))
+        return run_with_exit_code(lambda: self._run_alone_or_together(*args, **extra))
+
+    def _run_alone_or_together(self, *args: Any, **extra: Any) -> Any:
+        if not self.under_torchrun:
+            require_one_process(str(self.name))
+        return super().main(*args, **{**extra, "standalone_mode": False})
 
 
 def run_with_exit_code(call: Callable[[], Any]) -> None:
@@ -57,17 +69,24 @@ def run_with_exit_code(call: Callable[[], Any]) -> None:
     except click.exceptions.Exit as error:
         code = error.exit_code
     except (click.Abort, KeyboardInterrupt):
-        _complain("interrupted")
+        _say_as_the_first("interrupted")
         code = EXIT_INTERRUPTED
     except Terminated:
-        _complain("terminated")
+        _say_as_the_first("terminated")
         code = EXIT_TERMINATED
     except click.ClickException as error:
+        leave_to_first()
         _complain(error.format_message())
         code = EXIT_USAGE
     except ConfigurationError as error:
+        leave_to_first()
         _complain(str(error))
         code = EXIT_USAGE
+    except ProcessLost as error:
+        if error.is_elsewhere:
+            leave_to_first()
+        _complain(str(error))
+        code = EXIT_FAILED
     except BrokenPipeError:  # the reader of a help text has gone, as in `... | head`
         _discard_output()
         code = EXIT_FAILED
@@ -89,6 +108,12 @@ def announce(line: str) -> None:
 
 def _discard_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _say_as_the_first(message: str) -> None:
+    """Print what all processes of torchrun meet at once."""
+    if not is_follower():
+        _complain(message)
 
 
 def _complain(message: str) -> None:
@@ -144,15 +169,22 @@ class ChainedCommand(OneLineErrors, click.Group):
     Args:
         required_steps: Names of the steps that are needed; a tuple of names where one of several is.
         once: Options of which no two different values may be typed, wherever they stand.
+        under_torchrun: Whether the command may be started by torchrun, in several processes.
     """
 
     def __init__(
-        self, *args: Any, required_steps: Sequence[str | tuple[str, ...]] = (), once: Sequence[str] = (), **extra: Any
+        self,
+        *args: Any,
+        required_steps: Sequence[str | tuple[str, ...]] = (),
+        once: Sequence[str] = (),
+        under_torchrun: bool = False,
+        **extra: Any,
     ) -> None:
         fixed = {"chain": True, "subcommand_metavar": "STEP [OPTIONS] ARGS ...", "epilog": RULE}
         super().__init__(*args, **{**extra, **fixed})
         self.required_steps = [(step,) if isinstance(step, str) else step for step in required_steps]
         self.once = tuple(once)
+        self.under_torchrun = under_torchrun
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if HELP in args:

@@ -32,7 +32,7 @@ from patchcore.features.extractor import FeatureExtractor
 from patchcore.features.layers import shared_extractor
 from patchcore.methods.network_detector import NetworkDetector
 from patchcore.methods.tiles import cut_tiles, drawn_corners, resized, tiled_map
-from patchcore.methods.training import Training, load_weights
+from patchcore.methods.training import Batch, Training, load_weights
 from patchcore.runtime import over_threads
 from patchcore.scoring.anomaly_map import image_scores
 from patchcore.scoring.post_processing import post_processed
@@ -114,8 +114,12 @@ class FastFlow(NetworkDetector["FastFlowNet"]):
 
     def _new_training(self, rows: Sequence[torch.Tensor], config: TrainingConfig, *purpose: str | int) -> Training:
         flows = self._new_flows(*purpose)
-        flows.standardise_by(rows)
-        return self._training_of(flows, flows.mean_bits_per_dimension, config, purpose)
+        flows.standardise_by(rows, self.plan.processes)
+
+        def loss(batch: Batch) -> torch.Tensor:
+            return flows.mean_bits_per_dimension(batch, batch.randn_like)
+
+        return self._training_of(flows, loss, config, purpose)
 
     def _new_flows(self, *purpose: str | int) -> FastFlowNet:
         # Imported here: FrEIA brings scipy.stats, which takes a second that no other method should wait for.
@@ -125,7 +129,7 @@ class FastFlow(NetworkDetector["FastFlowNet"]):
 
     def _complete(self, network: FastFlowNet, rows: Sequence[torch.Tensor]) -> None:
         """Learn how far each flow's map spreads on the training images."""
-        network.measure_spread(rows, IMAGES_PER_FORWARD)
+        network.measure_spread(rows, IMAGES_PER_FORWARD, self.plan.processes)
 
     @property
     def smallest_side_px(self) -> int:

@@ -39,9 +39,9 @@ class TrainingData:
     """What calibration needs of the training images.
 
     Attributes:
-        loader: The images.
+        loader: The images; of several processes those that this one has.
         tensors: What the network was trained on, [R, ...] each.
-        image_of_row: Number of the image that each row belongs to, int64 [R].
+        image_of_row: Number, among all images, of the image that each row belongs to, int64 [R].
     """
 
     loader: ImageBatches
@@ -53,6 +53,10 @@ class NetworkDetector(AnomalyDetector, Generic[N]):
     """A detector whose network is trained by gradients on what is kept of the training images.
 
     A subclass says what is kept of an image, makes the network with its loss, and scores images with it.
+
+    Where several processes train together, each reads images of its own and computes with what it keeps of them. So
+    that is in memory once, however many there are; the price is that a batch is divided as its images happen to lie,
+    not in equal parts.
 
     Args:
         training: Optimiser and epochs.
@@ -130,9 +134,15 @@ class NetworkDetector(AnomalyDetector, Generic[N]):
         held_out = self.plan.held_out
         if self.training.patience is not None and held_out is None:
             raise ConfigurationError(WITHOUT_HELD_OUT)  # before anything is computed
-        rows, image_of_row = self._embedded(loader, self.kept_name)
-        held_out_rows = None if held_out is None else self._embedded(held_out, f"held-out {self.kept_name}")[0]
-        self._train(rows, held_out_rows)
+        held_out_rows = None
+        with self.plan.processes.together():
+            rows, image_of_row = self._embedded(loader, self.kept_name, self.plan.first_image)
+            if held_out is not None:
+                what = f"held-out {self.kept_name}"
+                held_out_rows, _ = self._embedded(held_out, what, self.plan.first_held_out)
+        shapes = self.plan.processes.from_first([_buffer(tensor, 0) for tensor in rows])
+        rows = rows or shapes  # of a process without images
+        self._train(rows, held_out_rows if held_out_rows is None else held_out_rows or shapes)
         self._training_data = TrainingData(loader, rows, image_of_row)
         return self
 
@@ -147,7 +157,8 @@ class NetworkDetector(AnomalyDetector, Generic[N]):
             assert after_epoch is not None
             # The detector predicts, for as long as it is asked.
             self._network, self._incomplete = training.module, rows  # type: ignore[assignment]
-            after_epoch(record.epoch, training.state_dict)
+            with self.plan.processes.together():
+                after_epoch(record.epoch, training.state_dict)
             self._network = self._incomplete = None
 
         self.history_ = training.history  # filled as it goes: what diverges leaves its history too
@@ -163,27 +174,33 @@ class NetworkDetector(AnomalyDetector, Generic[N]):
                 self._weights_epoch,
             )
 
-    def _embedded(self, loader: ImageBatches, what: str) -> tuple[list[torch.Tensor], torch.Tensor]:
+    def _embedded(self, loader: ImageBatches, what: str, first: int = 0) -> tuple[list[torch.Tensor], torch.Tensor]:
         """Compute what is trained on once: no backbone is trained, and there is no augmentation.
 
+        Args:
+            loader: The images of this process.
+            what: What is computed, for the progress bar.
+            first: Number of the first image among those of all processes.
+
         Returns:
-            Tensors [R, ...] on the CPU, and the number of the image that each row belongs to, int64 [R].
+            Tensors [R, ...] on the CPU, none of them without images; and the number of the image that each row belongs
+            to, int64 [R].
         """
-        if loader.num_images == 0:
+        if loader.num_images == 0 and self.plan.processes.is_first:  # it has as many as any other
             raise DataError("no training images, expected at least one")
         most_rows = loader.num_images * self.rows_per_image
         buffers: list[torch.Tensor] = []
         image_of_row: list[int] = []
         num_images = 0
         for batch in progress(loader, f"{self.source.category}: {what}", total=len(loader)):
-            parts, image_of_part = self._rows(batch["image"], num_images)
+            parts, image_of_part = self._rows(batch["image"], first + num_images)
             buffers = buffers or [_buffer(part, most_rows) for part in parts]
             chosen = slice(len(image_of_row), len(image_of_row) + len(image_of_part))
             for part, buffer in zip(parts, buffers, strict=True):
                 buffer[chosen] = part
             image_of_row += image_of_part
             num_images += len(batch["image"])
-        return [buffer[: len(image_of_row)] for buffer in buffers], torch.tensor(image_of_row)
+        return [buffer[: len(image_of_row)] for buffer in buffers], torch.tensor(image_of_row, dtype=torch.int64)
 
     def _seed(self, *purpose: str | int) -> int:
         return derive_seed(self.source.seed, self.source.category, *purpose)
@@ -193,7 +210,8 @@ class NetworkDetector(AnomalyDetector, Generic[N]):
     ) -> Training:
         """Return the training of a network by its loss, with the seed of its purpose."""
         description = f"{self.source.category}: {' '.join(map(str, purpose))}"
-        return Training(network, batch_loss, config, self._seed(*purpose, "training"), description)
+        seed = self._seed(*purpose, "training")
+        return Training(network, batch_loss, config, seed, description, self.plan.processes)
 
     def _completed(self, training: Training, rows: Sequence[torch.Tensor]) -> N:
         network: N = training.module  # type: ignore[assignment]
@@ -215,27 +233,46 @@ class NetworkDetector(AnomalyDetector, Generic[N]):
         data = self._training_data
         if data is None:
             raise NotFittedError("out-of-fold calibration needs the training data: call it right after fit()")
-        num_images = data.loader.num_images
+        processes = self.plan.processes
+        num_images = sum(processes.gathered(data.loader.num_images))
         if num_images < 2:
             return None
         fold_of_image = self._folds(num_images)
         num_folds = int(fold_of_image.max()) + 1
         numbers = progress(range(num_folds), f"{self.source.category}: calibration, trainings")
         network_of_fold = [self._fold_network(data, fold_of_image, number) for number in numbers]
-        scores, maxima, means = (np.empty(num_images, dtype=np.float32) for _ in range(3))
+        own_fold = fold_of_image[self.plan.first_image :][: data.loader.num_images]
+        with processes.together():
+            own = self._scored_by_fold(data.loader, network_of_fold, own_fold)
+        scores, maxima, means = np.concatenate(processes.gathered(own), axis=1)
+        return calibrate("kfold", num_folds, scores, MapStatistics(maxima, means))
+
+    def _scored_by_fold(
+        self, loader: ImageBatches, network_of_fold: Sequence[N], fold_of_image: torch.Tensor
+    ) -> np.ndarray:
+        """Score images, each by the network of its fold.
+
+        Args:
+            loader: The images of this process.
+            network_of_fold: The network of each fold, trained without it.
+            fold_of_image: Fold of each of the images, int64 [N].
+
+        Returns:
+            float32 [3, N]: scores, and maxima and means of the maps.
+        """
+        results = np.empty((3, loader.num_images), dtype=np.float32)
         first = 0
-        batches = progress(data.loader, f"{self.source.category}: calibration, scoring", total=len(data.loader))
-        for batch in batches:
+        for batch in progress(loader, f"{self.source.category}: calibration, scoring", total=len(loader)):
             fold_of_row = fold_of_image[first : first + len(batch["image"])]
             for number in fold_of_row.unique().tolist():
                 chosen = torch.nonzero(fold_of_row == number)[:, 0]
                 prediction = self._score(network_of_fold[number], batch["image"][chosen])
-                images = (first + chosen).numpy()
                 assert prediction.maps is not None
                 statistics = MapStatistics.of([prediction.maps])
-                scores[images], maxima[images], means[images] = prediction.scores, statistics.maxima, statistics.means
+                images = (first + chosen).numpy()
+                results[:, images] = prediction.scores, statistics.maxima, statistics.means
             first += len(fold_of_row)
-        return calibrate("kfold", num_folds, scores, MapStatistics(maxima, means))
+        return results
 
     def _folds(self, num_images: int) -> torch.Tensor:
         """Return the fold of each image, int64 [N]: a random partition into equal parts."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,7 @@ from patchcore.configs import FastFlowConfig
 from patchcore.errors import ConfigurationError
 from patchcore.methods.coupling import Couple, CouplingNet, as_rows, couple_
 from patchcore.methods.training import seeded
+from patchcore.process_group import ALONE, Processes
 
 RELATIVE_STD_FLOOR = 0.1  # of the root mean square over channels; see FeatureFlow.standardise_by
 MIN_SPREAD_BITS = 1e-6  # a flow whose map is flat, as on equal images, is left in its own unit
@@ -191,16 +192,22 @@ class FeatureFlow(nn.Module):
         kernels = [3 if config.conv3x3_only or number % 2 == 0 else 1 for number in range(config.flow_steps)]
         self.steps = nn.ModuleList([FlowStep(shape, kernel, config) for kernel in kernels])
 
-    def standardise_by(self, features: torch.Tensor) -> None:
+    def standardise_by(self, features: torch.Tensor, processes: Processes = ALONE) -> None:
         """Take mean and standard deviation of each channel over images and positions of features [N, C, H, W].
+
+        Each of several processes gives the features that it has.
 
         A channel that hardly varies on normal images would turn a small deviation into a huge one, and one that does
         not vary at all has a likelihood without bound. Channels are scaled by no less than a tenth of the typical
         standard deviation.
         """
-        mean = torch.stack([image.double().mean(dim=(1, 2)) for image in features]).mean(dim=0)  # [C]
-        centred = ((image.double() - mean[:, None, None]).square().mean(dim=(1, 2)) for image in features)
-        variance = torch.stack(list(centred)).mean(dim=0)  # [C]
+        of_image = features.new_empty(features.shape[:2], dtype=torch.float64)  # [N, C]
+        for number, image in enumerate(features):
+            of_image[number] = image.double().mean(dim=(1, 2))
+        mean = processes.mean(of_image.sum(dim=0), len(features))  # [C]
+        for number, image in enumerate(features):
+            of_image[number] = (image.double() - mean[:, None, None]).square().mean(dim=(1, 2))
+        variance = processes.mean(of_image.sum(dim=0), len(features))  # [C]
         floor = RELATIVE_STD_FLOOR * variance.mean().sqrt()
         std = variance.sqrt().clamp(min=float(floor) or 1.0)
         self.mean.copy_(mean.view_as(self.mean))
@@ -325,11 +332,11 @@ class FastFlowNet(nn.Module):
         self.register_buffer("spread", torch.ones(len(shapes)))
         self.to(memory_format=torch.channels_last)
 
-    def standardise_by(self, features: Sequence[torch.Tensor]) -> None:
-        """Take the statistics of the training features [N, C, H, W] of each layer."""
+    def standardise_by(self, features: Sequence[torch.Tensor], processes: Processes = ALONE) -> None:
+        """Take the statistics of the training features [N, C, H, W] of each layer, over all processes."""
         for flow, feature_maps in zip(self.flows, features, strict=True):
             assert isinstance(flow, FeatureFlow)
-            flow.standardise_by(feature_maps)
+            flow.standardise_by(feature_maps, processes)
 
     def require_invertible(self) -> None:
         """Raise ConfigurationError if stored values make no flow: not finite, no permutation, no scale to divide by."""
@@ -347,29 +354,45 @@ class FastFlowNet(nn.Module):
         """Return what each flow makes of its feature map: latent variable and log-determinant."""
         return [flow(feature_map) for flow, feature_map in zip(self.flows, features, strict=True)]
 
-    def mean_bits_per_dimension(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
+    def mean_bits_per_dimension(
+        self, features: Sequence[torch.Tensor], randn_like: Callable[[torch.Tensor], torch.Tensor] = torch.randn_like
+    ) -> torch.Tensor:
         """Return the loss of training: negative log-likelihood per dimension, mean over images and flows, bits.
 
         The flows share no weights. Per dimension, none of them has the clipping of gradients to itself because its
         feature map is larger. While training, noise keeps the density from rising without bound where the features
         of few images lie on a line or a point; it is to real values what dequantisation is to whole ones (Ho et al.,
         "Flow++", ICML 2019).
+
+        Args:
+            features: [B, C, H, W] of each layer.
+            randn_like: Draws the noise.
         """
         if self.training and self.noise > 0:
-            features = [self._with_noise(flow, maps) for flow, maps in zip(self.flows, features, strict=True)]
+            features = [
+                self._with_noise(flow, maps, randn_like(maps)) for flow, maps in zip(self.flows, features, strict=True)
+            ]
         return torch.stack([bits_per_dimension(*given).mean() for given in self(features)]).mean()
 
-    def _with_noise(self, flow: nn.Module, features: torch.Tensor) -> torch.Tensor:
+    def _with_noise(self, flow: nn.Module, features: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         assert isinstance(flow, FeatureFlow)
-        return torch.addcmul(features, torch.randn_like(features), flow.std, value=self.noise)
+        return torch.addcmul(features, noise, flow.std, value=self.noise)
 
     @torch.no_grad()
-    def measure_spread(self, features: Sequence[torch.Tensor], batch_size: int) -> None:
-        """Learn the standard deviation of each flow's likelihoods over the positions of normal images."""
-        parts = zip(*(maps.split(batch_size) for maps in features), strict=True)
-        grids = [self._likelihoods([maps.to(self.spread.device) for maps in part]) for part in parts]
-        values = [torch.cat([grid.flatten() for grid in of_flow]) for of_flow in zip(*grids, strict=True)]
-        spread = [of_flow.std(correction=0) for of_flow in values]  # there may be one value alone
+    def measure_spread(self, features: Sequence[torch.Tensor], batch_size: int, processes: Processes = ALONE) -> None:
+        """Learn the standard deviation of each flow's likelihoods over the positions of normal images.
+
+        Args:
+            features: [N, C, H, W] of each layer; of several processes those that this one has.
+            batch_size: Images at once.
+            processes: Those that measure together.
+        """
+        grids: list[list[torch.Tensor]] = [[] for _ in self.flows]
+        for first in range(0, len(features[0]), batch_size):
+            part = [maps[first : first + batch_size].to(self.spread.device) for maps in features]
+            for of_flow, grid in zip(grids, self._likelihoods(part), strict=True):
+                of_flow.append(grid.cpu())
+        spread = [_standard_deviation(of_flow, processes) for of_flow in grids]
         self.spread.copy_(torch.stack(spread).clamp(min=MIN_SPREAD_BITS))
 
     def _likelihoods(self, features: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -402,6 +425,15 @@ class FastFlowNet(nn.Module):
         if map_mode == "weighted":
             grids = [grid / spread for grid, spread in zip(grids, self.spread, strict=True)]
         return _mean_on_finest(grids)
+
+
+def _standard_deviation(values: Sequence[torch.Tensor], processes: Processes) -> torch.Tensor:
+    """Return the standard deviation of all numbers that the processes have, float64."""
+    none = torch.zeros((), dtype=torch.float64)
+    count = sum(part.numel() for part in values)
+    mean = processes.mean(sum((part.double().sum() for part in values), none), count)
+    squares = sum(((part.double() - mean).square().sum() for part in values), none)
+    return processes.mean(squares, count).sqrt()
 
 
 def _mean_on_finest(grids: Sequence[torch.Tensor]) -> torch.Tensor:

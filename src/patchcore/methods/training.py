@@ -2,7 +2,8 @@
 
 Nothing in it depends on where a run was interrupted: the order of the images, the random numbers of an epoch and the
 learning rate of a step follow from the seed and the number of the epoch alone, so that a resumed run ends in the same
-weights as one without interruption.
+weights as one without interruption. Nor does it depend on how many processes train together: each holds some of the
+rows and computes with those that a batch has of them, so that all batches are those of one process.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import copy
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ from torch import nn
 from patchcore.config_json import config_to_dict
 from patchcore.configs import TrainingConfig, require_choice
 from patchcore.errors import ConfigurationError, DataError
+from patchcore.process_group import ALONE, Processes
 from patchcore.runtime import derive_seed, progress
 
 WARMUP_SHARE = 0.3  # of the steps of one cycle; with the divisors below those of torch's OneCycleLR
@@ -35,9 +37,34 @@ SEEDING = threading.Lock()  # the generators that networks draw their weights fr
 DIVERGED_BY = 10.0  # an epoch whose mean loss lies so many times max(1, |first loss|) above the first has diverged
 
 Data = Sequence[torch.Tensor]
-"""Tensors [N, ...], one row per image, on the CPU."""
+"""Tensors [N, ...], one row per image, on the CPU: of several processes those that this one has."""
 
-BatchLoss = Callable[[list[torch.Tensor]], torch.Tensor]
+
+class Batch(list[torch.Tensor]):
+    """What this process has of a batch: tensors [b, ...], on the device.
+
+    Args:
+        tensors: The rows; one of zeros where it has none, as each process has to run the network.
+        places: Where the rows stand in the whole batch, int64 [b].
+        size: Rows of the whole batch.
+        share: Part of the whole batch that the rows are, 0 to 1.
+    """
+
+    def __init__(self, tensors: Iterable[torch.Tensor], places: torch.Tensor, size: int, share: float = 1.0) -> None:
+        super().__init__(tensors)
+        self.places = places
+        self.size = size
+        self.share = share
+
+    def randn_like(self, rows: torch.Tensor) -> torch.Tensor:
+        """Draw standard normal numbers for rows [b, ...]: those that a process with the whole batch draws for them."""
+        if len(rows) == self.size:
+            return torch.randn_like(rows)
+        whole = rows[torch.zeros(self.size, dtype=torch.int64, device=rows.device)]  # the memory layout of a batch
+        return torch.randn_like(whole)[self.places.to(rows.device)]
+
+
+BatchLoss = Callable[[Batch], torch.Tensor]
 """Rows of the data, on the device, to a scalar: the mean loss of these images."""
 
 
@@ -74,6 +101,7 @@ class Training:
         config: Epochs, batches, learning rates.
         seed: Gives the order of the images and every other random number.
         description: What is trained, for the progress bar and messages.
+        processes: Those that train the network together, each with rows of its own; all call the same methods.
 
     Attributes:
         history: One record for each finished epoch.
@@ -84,18 +112,28 @@ class Training:
     """
 
     def __init__(
-        self, module: nn.Module, batch_loss: BatchLoss, config: TrainingConfig, seed: int, description: str
+        self,
+        module: nn.Module,
+        batch_loss: BatchLoss,
+        config: TrainingConfig,
+        seed: int,
+        description: str,
+        processes: Processes = ALONE,
     ) -> None:
         self.module = module
         self.batch_loss = batch_loss
         self.config = config
         self.seed = seed
         self.description = description
+        self.processes = processes
         self.history: list[EpochRecord] = []
         self._parameters = [p for p in module.parameters() if p.requires_grad]
         self._optimizer = torch.optim.AdamW(
             self._parameters, lr=config.lr, weight_decay=config.weight_decay, fused=self.device.type in FUSED_DEVICES
         )
+        self._averaged_loss = processes.averaging(module, batch_loss)
+        self._first_row = 0  # of this process, among those of all ...
+        self._num_rows = 0  # ... which are so many
         self._first_loss: float | None = None
         self._lowest = math.inf
         self._best_epoch = 0
@@ -125,7 +163,7 @@ class Training:
         """Train the epochs that are still to be done.
 
         Args:
-            data: Tensors [N, ...] of the training images.
+            data: Tensors [N, ...] of the training images; of several processes those of the first come first.
             held_out: The same of images that are kept from the gradients, for the history and early stopping.
             after_epoch: Called after each finished epoch, to write a checkpoint or report numbers; the network is in
                 evaluation mode then, and what it does leaves no trace in the training.
@@ -140,6 +178,8 @@ class Training:
         """
         if self.config.patience is not None and held_out is None:
             raise ConfigurationError(WITHOUT_HELD_OUT)
+        counts = self.processes.gathered(len(data[0]))
+        self._first_row, self._num_rows = sum(counts[: self.processes.rank]), sum(counts)
         first, last = len(self.history) + 1, min(self.config.epochs, stop_after or self.config.epochs)
         with progress(range(first, last + 1), f"{self.description}: epochs") as bar:
             for epoch in bar:
@@ -159,8 +199,7 @@ class Training:
 
     def _train_epoch(self, epoch: int, data: Data, held_out: Data | None) -> EpochRecord:
         started = time.perf_counter()
-        num_images = len(data[0])
-        order = torch.randperm(num_images, generator=self._generator(epoch))
+        order = torch.randperm(self._num_rows, generator=self._generator(epoch))
         batches = order.split(self.config.batch_size)
         self.module.train()
         total_loss = total_norm = 0.0
@@ -170,30 +209,32 @@ class Training:
             for number, rows in enumerate(batches):
                 step = (epoch - 1) * len(batches) + number
                 rate = schedule_factor(self.config.schedule, step, self.config.epochs * len(batches))
-                loss, norm = self._step(self._rows(data, rows), self.config.lr * rate, epoch)
+                loss, norm = self._step(self._batch(data, rows), self.config.lr * rate, epoch)
                 total_loss += loss * len(rows)
                 total_norm += norm
         self.module.eval()
-        mean = total_loss / num_images
+        mean = total_loss / self._num_rows
         self._require_convergence(mean, epoch)
         # The losses above were measured before each step: the last step may have gone anywhere.
-        self._require_convergence(self.mean_loss([tensor[:CHECKED_IMAGES] for tensor in data]), epoch)
+        checked = CHECKED_IMAGES if self.processes.is_first else 0
+        self._require_convergence(self.mean_loss([tensor[:checked] for tensor in data]), epoch)
         held_out_loss = None if held_out is None else self.mean_loss(held_out)
         if held_out_loss is not None and not math.isfinite(held_out_loss):
             raise DataError(self._diverged(epoch, f"a loss of {held_out_loss:g} on held-out images"))
         seconds = time.perf_counter() - started
         return EpochRecord(epoch, mean, held_out_loss, self.config.lr * rate, total_norm / len(batches), seconds)
 
-    def _step(self, batch: list[torch.Tensor], lr: float, epoch: int) -> tuple[float, float]:
-        """Take one step and return the loss before it and the length of the gradient."""
+    def _step(self, batch: Batch, lr: float, epoch: int) -> tuple[float, float]:
+        """Take one step and return the loss before it and the length of the gradient, both of the whole batch."""
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._optimizer.zero_grad(set_to_none=True)
-        loss = self.batch_loss(batch)
-        loss.backward()
+        part = self._averaged_loss(batch) * batch.share
+        (part * self.processes.size).backward()  # the gradient is the mean over processes, the loss the sum of parts
+        loss = self.processes.sum(part.detach())
         clip = self.config.grad_clip
         norm = nn.utils.clip_grad_norm_(self._parameters, math.inf if clip is None else clip)
-        values = float(loss.detach()), float(norm)
+        values = float(loss), float(norm)
         if not all(map(math.isfinite, values)):  # before the step: the weights are still good
             raise DataError(self._diverged(epoch, f"loss {values[0]:g} and gradient {values[1]:g}"))
         if self._first_loss is None:
@@ -218,10 +259,21 @@ class Training:
     def mean_loss(self, data: Data) -> float:
         """Return the mean loss over images with the present weights."""
         self.module.eval()
-        total = 0.0
-        for rows in torch.arange(len(data[0])).split(self.config.batch_size):
-            total += float(self.batch_loss(self._rows(data, rows))) * len(rows)
-        return total / len(data[0])
+        total, num_images = 0.0, len(data[0])
+        for first in range(0, num_images, self.config.batch_size):
+            rows = torch.arange(first, min(first + self.config.batch_size, num_images))
+            total += float(self.batch_loss(Batch(self._rows(data, rows), rows - first, len(rows)))) * len(rows)
+        return float(self.processes.mean(torch.tensor(total, dtype=torch.float64), num_images))
+
+    def _batch(self, data: Data, rows: torch.Tensor) -> Batch:
+        """Return what this process has of a batch, given the numbers of its rows among those of all processes."""
+        own = (rows >= self._first_row) & (rows < self._first_row + len(data[0]))
+        (places,) = own.nonzero(as_tuple=True)
+        if len(places) == 0:
+            stand_in = [_zeros_like_row(tensor).to(self.device) for tensor in data]
+            return Batch(stand_in, torch.zeros(1, dtype=torch.int64), len(rows), share=0.0)
+        tensors = self._rows(data, rows[places] - self._first_row)
+        return Batch(tensors, places, len(rows), len(places) / len(rows))
 
     def _rows(self, data: Data, rows: torch.Tensor) -> list[torch.Tensor]:
         # Only CUDA waits for a copy before the memory is used again; elsewhere the batch could change under way.
@@ -273,6 +325,11 @@ class Training:
         self._first_loss = state["first_loss"]
         self._lowest, self._best_epoch = state["lowest"], state["best_epoch"]
         self._best_weights = state["best_weights"]
+
+
+def _zeros_like_row(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a row of zeros [1, ...] in the memory layout of a tensor [N, ...], which random numbers follow; N >= 0."""
+    return torch.empty_strided((1, *tensor.shape[1:]), tensor.stride(), dtype=tensor.dtype).zero_()
 
 
 def load_weights(module: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
