@@ -10,7 +10,8 @@ import contextlib
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -31,6 +32,7 @@ T = TypeVar("T")
 Loss = Callable[[Any], torch.Tensor]
 # The first process evaluates alone, for however long that takes; whether one is lost is torchrun's to see.
 WAIT_AT_MOST = timedelta(days=30)
+STRIDES_OF_1X1 = "Grad strides do not match bucket view strides"  # which have two spellings for 1x1 convolutions
 LOST_PEER = re.compile("gloo|NCCL|[Cc]onnection (was )?(closed|reset|refused)|Broken pipe")
 
 
@@ -80,13 +82,13 @@ class Processes:
         counts = torch.tensor(count, dtype=torch.float64, device=total.device)
         return self.sum(total.double()) / self.sum(counts)
 
-    def averaging(self, module: nn.Module, loss: Loss) -> Loss:
+    def averaging(self, parameters: Iterable[nn.Parameter], loss: Loss) -> Loss:
         """Return a loss whose backward pass leaves the mean gradient over the processes in each of them.
 
-        All processes have to run both passes equally often.
+        All processes have to run both passes equally often. Their parameters become those of the first.
 
         Args:
-            module: What the loss runs.
+            parameters: What is trained.
             loss: Of this process.
         """
         return loss
@@ -143,9 +145,9 @@ class Group(Processes):
         dist.all_reduce(total)
         return total
 
-    def averaging(self, module: nn.Module, loss: Loss) -> Loss:
-        wrapped: Loss = DistributedDataParallel(_LossOf(module, loss), broadcast_buffers=False)
-        return wrapped
+    def averaging(self, parameters: Iterable[nn.Parameter], loss: Loss) -> Loss:
+        averaged: Loss = DistributedDataParallel(_LossOf(parameters, loss))
+        return averaged
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -179,16 +181,18 @@ class Group(Processes):
 
 
 class _LossOf(nn.Module):
-    """A loss as the forward pass of a module, which is where torch finds the weights and the end of the pass.
+    """A loss as the forward pass of a module, as torch wants it.
+
+    It has the parameters alone: the buffers of the network, which torch would send with each pass, do not change.
 
     Args:
-        module: What the loss runs.
+        parameters: What the loss depends on.
         loss: The loss.
     """
 
-    def __init__(self, module: nn.Module, loss: Loss) -> None:
+    def __init__(self, parameters: Iterable[nn.Parameter], loss: Loss) -> None:
         super().__init__()
-        self.module = module
+        self.parameters_of_loss = nn.ParameterList(parameters)
         self.loss = loss
 
     def forward(self, batch: Any) -> torch.Tensor:
@@ -210,6 +214,7 @@ def open_group(place: Place, device: torch.device) -> Iterator[Group]:
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"  # numbers and messages go by the CPU, gradients by the GPUs
     with contextlib.nullcontext() if place.rank == 0 else _silence():
+        warnings.filterwarnings("ignore", message=STRIDES_OF_1X1)
         dist.init_process_group(backend, timeout=WAIT_AT_MOST)
         group = Group(place.rank, place.size)
         yield group

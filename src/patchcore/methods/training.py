@@ -131,7 +131,7 @@ class Training:
         self._optimizer = torch.optim.AdamW(
             self._parameters, lr=config.lr, weight_decay=config.weight_decay, fused=self.device.type in FUSED_DEVICES
         )
-        self._averaged_loss = processes.averaging(module, batch_loss)
+        self._averaged_loss = processes.averaging(self._parameters, batch_loss)
         self._first_row = 0  # of this process, among those of all ...
         self._num_rows = 0  # ... which are so many
         self._first_loss: float | None = None
