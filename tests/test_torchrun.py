@@ -26,6 +26,19 @@ from patchcore.cli import run_fastflow
 patchcore.class_run._announce_epoch = lambda *_: os._exit(9)
 run_fastflow()
 """
+# The second process runs out of memory in the second epoch.
+STARVED = """
+import os
+from patchcore.cli import run_fastflow
+from patchcore.methods.training import Training
+train_epoch = Training._train_epoch
+def starve(self, epoch, *given):
+    if epoch == 2 and os.environ["RANK"] == "1":
+        raise RuntimeError("DefaultCPUAllocator: not enough memory")
+    return train_epoch(self, epoch, *given)
+Training._train_epoch = starve
+run_fastflow()
+"""
 # Notes its number where the other lines of its command line are written.
 NOTED = """
 import os, signal, sys
@@ -172,3 +185,21 @@ def test_an_interrupted_training_ends_in_all_processes(sent: signal.Signals, dat
     wait_for(lambda: not any(map(is_alive, workers)))
     said = [line for line in message.splitlines() if line.startswith("error: ")]
     assert len(said) <= 1, said
+
+
+@pytest.mark.slow
+def test_what_one_process_lacks_ends_all_and_is_said_once(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    ended = together(command(out, data, script=script(tmp_path, STARVED)))
+    assert ended.returncode == 1
+    said = [line for line in errors(ended) if "out of memory" in line]
+    assert len(said) == 1 and said[0].startswith("error: process 1 of 2 failed: out of memory (RuntimeError: Default")
+    assert len(read_rows(out / HISTORY)) == 1 and (out / CHECKPOINT).exists()
+
+
+@pytest.mark.slow
+def test_a_wrong_argument_is_one_line(data: Path, tmp_path: Path) -> None:
+    ended = together(command(tmp_path / "out", data, "--clamp", -1))
+    assert ended.returncode == 1
+    (line,) = errors(ended)
+    assert "--clamp is -1" in line and not (tmp_path / "out").exists()

@@ -135,26 +135,31 @@ def learn_class(
     _require_same_images(processes.gathered((len(train), len(held_out))), category)
     own = processes.share(len(train))
     detector.plan = replace(plan, resume_from=processes.from_first(plan.resume_from), first_image=own.start)
-    own_images = train.subset(own)
     started = time.perf_counter()
+    _fit(detector, task, train.subset(own))
+    trained = time.perf_counter()
+    calibration = _fold_calibration(detector, category) if run.calibration == "kfold" else None
+    seconds = time.perf_counter() - trained
+    return Learned(detector, calibration, held_out, test, validation, len(train), trained - started, seconds)
+
+
+def _fit(detector: AnomalyDetector, task: ClassTask, train: InspectionDataset) -> None:
+    """Fit a detector to the images of this process, and write its history, however that ends."""
+    category = detector.source.category
     try:
-        if shares is not None:
+        if detector.plan.shares is not None:
             detector.fit(_loader(task, train))  # which the shares read
         else:
-            batch_size = max(1, min(_loader(task, own_images).batch_size, len(own_images)))
-            call_in_memory(detector.fit, lambda size: _loader(task, own_images, size), batch_size, category)
+            batch_size = max(1, min(_loader(task, train).batch_size, len(train)))
+            call_in_memory(detector.fit, lambda size: _loader(task, train, size), batch_size, category)
     except ConfigurationError as error:
         if detector.plan.resume_from is None:
             raise
         raise DataError(f"{task.checkpoint(category)}: {error}") from error  # the fault of this class alone
     finally:  # the history matters most where training failed
-        if processes.is_first:
-            history_folder = task.folder / "training" / task.row_name(category)
-            _write_history(history_folder, category, detector.training_artifacts(task.log_group))
-    trained = time.perf_counter()
-    calibration = _fold_calibration(detector, category) if run.calibration == "kfold" else None
-    seconds = time.perf_counter() - trained
-    return Learned(detector, calibration, held_out, test, validation, len(train), trained - started, seconds)
+        if task.processes.is_first:
+            folder = task.folder / "training" / task.row_name(category)
+            _write_history(folder, category, detector.training_artifacts(task.log_group))
 
 
 def _require_same_images(found: Sequence[tuple[int, int]], category: str) -> None:
