@@ -31,6 +31,7 @@ class Problem:
         held_out: Images that are kept from the gradients.
         options: Of the training.
         spoilt: Number of the image that has no loss, if any.
+        left_out: First images, which nobody trains on, as those of a fold.
     """
 
     count: int
@@ -38,6 +39,7 @@ class Problem:
     held_out: int = 3
     options: dict[str, Any] = field(default_factory=dict)
     spoilt: int | None = None
+    left_out: int = 0
 
     def training(self, processes: Processes) -> Training:
         with torch.random.fork_rng():
@@ -61,6 +63,7 @@ class Problem:
         data, kept = self._images(0, self.count), self._images(1, self.held_out)
         if self.spoilt is not None:
             data[1][self.spoilt] = math.nan
+        own = range(max(own.start, self.left_out), max(own.stop, self.left_out))
         history = training.run(_rows(data, own), _rows(kept, held_out), stop_after=stop_after)
         losses = [(r.loss, r.held_out_loss, r.grad_norm, r.lr) for r in history]
         weights = {name: tensor.clone() for name, tensor in training.module.state_dict().items()}
@@ -82,6 +85,7 @@ PROBLEMS = {
     "early stopping": Problem(7, 4, options={"patience": 1}),
     "one image per batch": Problem(3, 1),
     "fewer images than processes": Problem(1, 4, held_out=1),
+    "a first process without images": Problem(5, 2, left_out=3),
 }
 SPOILT = Problem(10, 4, spoilt=9)  # which the second of two processes has
 

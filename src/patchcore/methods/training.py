@@ -31,7 +31,7 @@ WARMUP_SHARE = 0.3  # of the steps of one cycle; with the divisors below those o
 START_DIVISOR = 25.0  # the first learning rate of one cycle is lr / 25 ...
 END_DIVISOR = 1e4  # ... and the last one the first / 10^4
 WITHOUT_HELD_OUT = "early stopping watches held-out images, found none: hold some out, such as --train_val_split 0.8"
-CHECKED_IMAGES = 1  # whose loss shows after each epoch that its last step has not spoilt the weights
+CHECKED_IMAGES = 1  # of each process, whose loss shows after each epoch that its last step has not spoilt the weights
 FUSED_DEVICES = ("cpu", "cuda")  # where the optimiser takes its step in one pass over the weights
 SEEDING = threading.Lock()  # the generators that networks draw their weights from belong to the whole process
 DIVERGED_BY = 10.0  # an epoch whose mean loss lies so many times max(1, |first loss|) above the first has diverged
@@ -216,8 +216,7 @@ class Training:
         mean = total_loss / self._num_rows
         self._require_convergence(mean, epoch)
         # The losses above were measured before each step: the last step may have gone anywhere.
-        checked = CHECKED_IMAGES if self.processes.is_first else 0
-        self._require_convergence(self.mean_loss([tensor[:checked] for tensor in data]), epoch)
+        self._require_convergence(self.mean_loss([tensor[:CHECKED_IMAGES] for tensor in data]), epoch)
         held_out_loss = None if held_out is None else self.mean_loss(held_out)
         if held_out_loss is not None and not math.isfinite(held_out_loss):
             raise DataError(self._diverged(epoch, f"a loss of {held_out_loss:g} on held-out images"))
