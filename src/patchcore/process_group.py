@@ -33,7 +33,7 @@ Loss = Callable[[Any], torch.Tensor]
 # The first process evaluates alone, for however long that takes; whether one is lost is torchrun's to see.
 WAIT_AT_MOST = timedelta(days=30)
 STRIDES_OF_1X1 = "Grad strides do not match bucket view strides"  # which have two spellings for 1x1 convolutions
-LOST_PEER = re.compile("gloo|NCCL|[Cc]onnection (was )?(closed|reset|refused)|Broken pipe")
+LOST_PEER = re.compile("gloo|[Cc]onnection (was )?(closed|reset|refused)|Broken pipe|remote process exited")
 
 
 class Processes:
@@ -100,7 +100,7 @@ class Processes:
         What all ask of one another within it has to come before anything that one may find by itself.
 
         Raises:
-            DataError: One process has found it.
+            DataError: A process has found this, or something wrong with the configuration.
         """
         yield
 
@@ -151,12 +151,13 @@ class Group(Processes):
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        failure: DataError | None = None
+        failure: DataError | ConfigurationError | None = None
         try:
             yield
-        except DataError as error:
+        except (DataError, ConfigurationError) as error:
             failure = error
-        messages = [message for message in self.gathered(failure and str(failure)) if message is not None]
+        found = self.gathered(None if failure is None else str(failure))
+        messages = [message for message in found if message is not None]
         if failure is not None:
             raise failure
         if messages:
@@ -208,6 +209,9 @@ def open_group(place: Place, device: torch.device) -> Iterator[Group]:
     Args:
         place: Of this process.
         device: Where it computes.
+
+    Raises:
+        ConfigurationError: They do not find one another.
     """
     backend = "gloo"
     if device.type == "cuda":
@@ -215,7 +219,13 @@ def open_group(place: Place, device: torch.device) -> Iterator[Group]:
         backend = "cpu:gloo,cuda:nccl"  # numbers and messages go by the CPU, gradients by the GPUs
     with contextlib.nullcontext() if place.rank == 0 else _silence():
         warnings.filterwarnings("ignore", message=STRIDES_OF_1X1)
-        dist.init_process_group(backend, timeout=WAIT_AT_MOST)
+        try:
+            dist.init_process_group(backend, timeout=WAIT_AT_MOST)
+        except (RuntimeError, ValueError) as error:
+            raise ConfigurationError(
+                f"the {place.size} processes cannot join ({' '.join(str(error).split())}): start them with torchrun, "
+                "which tells them where the first is"
+            ) from error
         group = Group(place.rank, place.size)
         yield group
         if group.is_first:

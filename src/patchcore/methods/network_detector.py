@@ -140,9 +140,9 @@ class NetworkDetector(AnomalyDetector, Generic[N]):
             if held_out is not None:
                 what = f"held-out {self.kept_name}"
                 held_out_rows, _ = self._embedded(held_out, what, self.plan.first_held_out)
-        shapes = self.plan.processes.from_first([_buffer(tensor, 0) for tensor in rows])
-        rows = rows or shapes  # of a process without images
-        self._train(rows, held_out_rows if held_out_rows is None else held_out_rows or shapes)
+        no_rows = self.plan.processes.from_first([_buffer(tensor, 0) for tensor in rows])  # of who has no images
+        rows = rows or no_rows
+        self._train(rows, held_out_rows if held_out_rows is None else held_out_rows or no_rows)
         self._training_data = TrainingData(loader, rows, image_of_row)
         return self
 
