@@ -22,7 +22,8 @@ from patchcore.errors import ConfigurationError, DataError
 from patchcore.features.extractor import FeatureExtractor, build_extractor
 from patchcore.launching import Ended, InThisProcess, Job
 from patchcore.memory.buffers import Buffers
-from patchcore.memory.greedy_selection import greedy_selection
+from patchcore.memory.points import Points
+from patchcore.methods import sharded_bank
 from patchcore.methods.patchcore import PatchCore
 
 PATCHES = 8 * 8  # of an image
@@ -122,15 +123,35 @@ def test_the_bank_is_what_a_selection_by_hand_gives(extractor: FeatureExtractor,
     model = sharded(extractor, shares, 0.1, coreset=40).fit(Batches(train))
     # An oracle that knows the scheme alone: local picks by each share's own call, then picks among them.
     local = [call(Batches(train[shares.images[share]])) for share, call in shares.calls]
-    assert [len(part) for part in local] == [40, 40, 40]
-    for (share, _), part in zip(shares.calls, local, strict=True):
+    assert [len(part) for part, _ in local] == [40, 40, 40]
+    for (share, _), (part, _) in zip(shares.calls, local, strict=True):
         assert is_among(torch.from_numpy(part), rows[shares.images[share]].flatten(0, 1)).all()
-    union = torch.from_numpy(np.concatenate(local))
+    union = torch.from_numpy(np.concatenate([part for part, _ in local]))
+    handicaps = 0.5 * torch.from_numpy(np.concatenate([reaches for _, reaches in local]))
     points = model.sampler.reduce(union, model.random_numbers("coreset"))
     starts = torch.randperm(len(union), generator=model.random_numbers("selection"))[:10]
     distances = torch.cdist(points[slice(None)], points[starts]).mean(dim=1).square()
-    expected = union[greedy_selection(points, distances, 76)]
+    expected = union[picks_one_by_one(points[slice(None)], distances, handicaps, 76)]
     torch.testing.assert_close(model.memory_bank_, expected, rtol=0, atol=0)
+
+
+def picks_one_by_one(points: torch.Tensor, distances: torch.Tensor, handicaps: torch.Tensor, count: int) -> list[int]:
+    """Return what a loop picks that updates every distance after each pick."""
+    distances = distances.clone().double()
+    picks: list[int] = []
+    while len(picks) < count:
+        picks.append(int(distances.argmax()))
+        squared = (points.double() - points[picks[-1]].double()).square().sum(dim=1) + handicaps
+        distances = torch.minimum(distances, squared)
+        distances[picks] = -torch.inf
+    return picks
+
+
+def test_a_point_reaches_to_the_farthest_one_that_is_nearest_to_it() -> None:
+    points = Points(torch.tensor([[0.0], [1.0], [3.0], [10.0], [11.0]]))
+    reaches = sharded_bank.squared_reaches(points, torch.tensor([3, 0]))
+    assert reaches.tolist() == pytest.approx([1.0, 9.0])
+    assert sharded_bank.squared_reaches(points, torch.arange(5)).tolist() == [0.0] * 5
 
 
 def test_the_order_of_the_answers_changes_nothing(extractor: FeatureExtractor, train: torch.Tensor) -> None:
@@ -180,7 +201,9 @@ def test_what_is_held_grows_with_shares_and_their_coresets_alone(
         images = random_images(num_images, seed=0)
         shares = SharesInMemory(images, [range(0, num_images, 2), range(1, num_images, 2)])
         model = sharded(extractor, shares, 20.5 / (num_images * PATCHES), coreset=30)  # a bank of 20 patches
-        answers = [np.zeros((30, 1024), np.float32)] * 2  # what shares hold themselves is not asked here
+        answers = [
+            (np.zeros((30, 1024), np.float32), np.zeros(30, np.float32))
+        ] * 2  # what shares hold themselves is not asked here
         monkeypatch.setattr(shares, "map", lambda calls, told=answers: [(n, told[n]) for n, _ in calls])
         with monkeypatch.context() as patch:
             patch.setattr(Buffers, "empty", noted)

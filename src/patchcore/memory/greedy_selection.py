@@ -58,13 +58,27 @@ def greedy_selection(
 
 
 @torch.no_grad()
-def farthest_points(points: Points, distances: torch.Tensor, num_select: int, block_size: int) -> torch.Tensor:
-    """Do what `greedy_selection` does, from float32 distances on the device of the points, which it overwrites."""
+def farthest_points(
+    points: Points,
+    distances: torch.Tensor,
+    num_select: int,
+    block_size: int,
+    handicaps: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Do what `greedy_selection` does, from float32 distances on the device of the points, which it overwrites.
+
+    Args:
+        points: [N, D].
+        distances: [N], as there.
+        num_select: As there.
+        block_size: As there.
+        handicaps: [N] float32, >= 0, what each point's squared distance to any pick is increased by; None for nothing.
+    """
     num_pickable = int((distances >= 0).sum())
     if num_select > num_pickable:
         raise ValueError(f"cannot pick {num_select} of {num_pickable} points")
     picks = torch.empty(num_select, dtype=torch.int64, device=points.device)
-    lazy = _LazyDistances(points, distances, picks)
+    lazy = _LazyDistances(points, distances, picks, handicaps)
     with progress(None, "coreset", total=num_select) as bar:
         while (num_left := num_select - lazy.num_picked) > 0:
             # About three candidates in four are picked: more than the last pass needs would only be updated.
@@ -72,7 +86,7 @@ def farthest_points(points: Points, distances: torch.Tensor, num_select: int, bl
             candidates, bound, first_outside = lazy.farthest(block)
             order = _select_within_block(
                 distances[candidates].cpu().numpy(),
-                _pairwise_squared_distances(points[candidates]).cpu().numpy(),
+                lazy.pairwise(candidates).cpu().numpy(),
                 bound,
                 int(torch.searchsorted(candidates, first_outside)),
                 min(block, num_left),
@@ -89,24 +103,35 @@ class _LazyDistances:
     from then on cost nothing.
     """
 
-    def __init__(self, points: Points, distances: torch.Tensor, picks: torch.Tensor) -> None:
+    def __init__(
+        self, points: Points, distances: torch.Tensor, picks: torch.Tensor, handicaps: torch.Tensor | None
+    ) -> None:
         """Start without picks.
 
         Args:
             points: [N, D].
             distances: [N] float32, updated in place; minus infinity for points that may not be picked.
             picks: [M] int64, where the picks go.
+            handicaps: [N] float32, what each point's squared distance to any pick is increased by.
         """
         self.num_picked = 0
         self._points = points
         self._norms = squared_norms(points)
         self._distances = distances
         self._picks = picks
+        self._handicaps = handicaps
         self._num_seen = torch.zeros(len(points), dtype=torch.int32, device=points.device)  # picks in each distance
         # Made once: megabytes that come and go leave holes in the heap, which grows by several times as much.
         self._products = torch.empty(CHUNK_ELEMENTS, device=points.device)
         self._expected_bound = math.inf  # of the next pass
         self._last_bound = math.nan
+
+    def pairwise(self, candidates: torch.Tensor) -> torch.Tensor:
+        """Return squared distances [B, B] between points of these numbers [B]: row i to a pick of point i."""
+        points = self._points[candidates]
+        norms = points.square().sum(dim=1)
+        squared = torch.addmm(norms, points, points.T, alpha=-2).add_(norms[:, None]).clamp_(min=0)
+        return squared if self._handicaps is None else squared.add_(self._handicaps[candidates])
 
     def add(self, picked: torch.Tensor) -> None:
         """Enter new picks [P]; the distances do not know them yet."""
@@ -167,6 +192,8 @@ class _LazyDistances:
             # |x|^2 is the same for all centres, so it is added after the minimum, to P times fewer numbers.
             torch.addmm(centre_norms, points[rows], centres.T, alpha=-2, out=partial)
             nearest = partial.amin(dim=1).add_(norms[rows]).clamp_(min=0)  # [rows]
+            if self._handicaps is not None:
+                nearest += self._handicaps[rows]
             self._distances[rows] = torch.minimum(self._distances[rows], nearest)
 
 
@@ -209,10 +236,3 @@ def _select_within_block(
         np.minimum(distances, pairwise[best], out=distances)
         distances[best] = -np.inf
     return np.asarray(order, dtype=np.int64)
-
-
-def _pairwise_squared_distances(points: torch.Tensor) -> torch.Tensor:
-    """Return squared Euclidean distances [B, B] between points [B, D]."""
-    norms = points.square().sum(dim=1)
-    products = torch.addmm(norms, points, points.T, alpha=-2)
-    return products.add_(norms[:, None]).clamp_(min=0)

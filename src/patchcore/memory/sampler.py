@@ -133,14 +133,24 @@ class GreedyCoresetSampler(SubsetSampler):
         return project_features(features, generator, out)
 
     @torch.no_grad()
-    def select_number(self, points: Points, num_select: int, generator: torch.Generator) -> torch.Tensor:
-        """Pick so many of the points instead of the sampler's share; else as `select_reduced`."""
+    def select_number(
+        self, points: Points, num_select: int, generator: torch.Generator, handicaps: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Pick so many of the points instead of the sampler's share; else as `select_reduced`.
+
+        Args:
+            points: [N, R].
+            num_select: How many, at most N.
+            generator: Source of all randomness, on the CPU.
+            handicaps: [N] float32, >= 0: each point counts as farther, by so much in its squared distances.
+        """
         # Nothing here refers to the distances: they need not be copied.
         return farthest_points(
             points,
             self._initial_squared_distances(points, generator).to(points.device, torch.float32),
             num_select,
             BLOCK_SIZE,
+            handicaps,
         )
 
     def _select(self, points: Points, generator: torch.Generator) -> torch.Tensor:

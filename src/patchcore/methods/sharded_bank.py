@@ -1,7 +1,7 @@
 """A memory bank that is chosen in two rounds, so that no process sees all patches.
 
-Each share of the training images keeps a greedy coreset of its own patches; the bank is a greedy coreset of what all
-shares have kept.
+Each share of the training images keeps a greedy coreset of its own patches, and of each of them how far the patches
+reach that it stands for; the bank is a greedy coreset of what all shares have kept.
 
 Source: the two-round scheme for k-center of Malkomes et al., "Fast Distributed k-Center Clustering with Outliers on
     Massive Data" (NeurIPS 2015). Where each share keeps as many patches as the bank has, the distance of the patch that
@@ -9,6 +9,12 @@ Source: the two-round scheme for k-center of Malkomes et al., "Fast Distributed 
     all patches. With fewer, nothing of the kind is known. Keeping more brings it nearer to 2: Ceccarello et al.,
     "Solving k-center Clustering (with Outliers) in MapReduce and Streaming, almost as Accurately as Sequentially"
     (VLDB 2019).
+    In the second round a patch counts as farther the farther it reaches: half of its reach is added, in squares. Of the
+    training patches of metal_plate (10 %, two shares, three draws) the farthest one then is 1.07 to 1.09 times as far
+    from the bank as on one machine, 1.13 to 1.24 times without, and 1.14 times with the whole reach. The factor of 4
+    remains: with reaches up to twice the least possible distance r, picks are at least sqrt(C^2 - 2 r^2) apart, where
+    C is the farthest that a patch counts as in the end, so that C^2 <= 6 r^2; and of a patch that reaches 2 r, what it
+    stands for lies within 2 r + sqrt(6 r^2 - 2 r^2).
     Two departures that both factors share with the original repository: distances are those of random projections, and
     `approx_greedy_coreset` lets a patch count as no farther than its mean distance to ten random ones, which binds only
     banks that cover so little.
@@ -28,6 +34,8 @@ from patchcore.configs import PatchCoreConfig, PreprocessingConfig, RuntimeConfi
 from patchcore.detector import DetectorBuilder, ImageBatches, ImageShares
 from patchcore.errors import DataError
 from patchcore.memory.buffers import Buffers
+from patchcore.memory.nearest_neighbours import build_nearest_neighbours
+from patchcore.memory.points import Points
 from patchcore.memory.sampler import GreedyCoresetSampler, num_selected
 from patchcore.methods.patchcore import PatchCore
 from patchcore.methods.training_features import embed_images, training_features
@@ -36,6 +44,7 @@ from patchcore.scoring.calibration import NUM_FOLDS, Calibration, MapStatistics,
 
 R = TypeVar("R")
 
+SHARE_OF_REACH = 0.5  # see above
 FOLD_BANK = "memory bank of a calibration fold"
 FEWER = "use --calibration none"
 
@@ -83,8 +92,8 @@ class LocalCoreset:
     share: int
     num_select: int
 
-    def __call__(self, loader: ImageBatches) -> np.ndarray:
-        """Return patch embeddings float32 [num_select, D], or all of them where there are fewer.
+    def __call__(self, loader: ImageBatches) -> tuple[np.ndarray, np.ndarray]:
+        """Return patch embeddings float32 [K, D] and their squared reaches [K], K = `num_select` or all there are.
 
         Above the budget of memory, by default 0, the embeddings of the share lie in files of its own machine.
         """
@@ -95,7 +104,26 @@ class LocalCoreset:
         points = features.points
         count = min(self.num_select, len(points))
         chosen = _greedy(model).select_number(points, count, model.random_numbers("share", self.share))
-        return features.bank(chosen).cpu().numpy()
+        return features.bank(chosen).cpu().numpy(), squared_reaches(points, chosen).numpy()
+
+
+def squared_reaches(points: Points, chosen: torch.Tensor) -> torch.Tensor:
+    """Return how far each chosen point reaches: to the farthest one that is nearer to no other.
+
+    Args:
+        points: [N, R], on the CPU.
+        chosen: Numbers [K] of those that were chosen.
+
+    Returns:
+        Squared distances float32 [K].
+    """
+    reaches = torch.zeros(len(chosen))
+    if len(chosen) < len(points):
+        search = build_nearest_neighbours(False, None, points.device, "flat").fit(points[chosen])
+        for rows in points.chunks(points.dim):
+            distances, nearest = search.search(points[rows], 1)
+            reaches.scatter_reduce_(0, nearest[:, 0], distances[:, 0], "amax")
+    return reaches.square_()
 
 
 @dataclass(frozen=True)
@@ -137,16 +165,24 @@ class ShardedBank:
         model: The model that learns; its sampler is a greedy one.
         shares: What reads the images.
         rows: float32 [U, D], what the shares have kept, one after the other.
+        reaches: float32 [U], how far each of them reaches, squared.
         counts: How many rows are of each share.
         buffers: Where further arrays come from.
     """
 
     def __init__(
-        self, model: PatchCore, shares: ImageShares, rows: torch.Tensor, counts: Sequence[int], buffers: Buffers
+        self,
+        model: PatchCore,
+        shares: ImageShares,
+        rows: torch.Tensor,
+        reaches: torch.Tensor,
+        counts: Sequence[int],
+        buffers: Buffers,
     ) -> None:
         self._model = model
         self._shares = shares
         self._rows = rows
+        self._handicaps = SHARE_OF_REACH * reaches
         self._buffers = buffers
         self._share_of_row = torch.repeat_interleave(torch.tensor(counts))
         width = model.sampler.projection_dim(rows.shape[1])
@@ -177,12 +213,14 @@ class ShardedBank:
                 f"{num_rows} needs as many: give at least {-(-num_rows // len(kept))}, or a smaller sampler -p"
             )
         rows = buffers.empty(sum(kept), model.embedder.dimension)
-        places = rows.split(kept)  # views
+        reaches = torch.empty(sum(kept))
+        places, reach_places = rows.split(kept), reaches.split(kept)  # views
         seen = model_of_share(model, shares)
         calls = ((share, LocalCoreset(seen, share, count)) for share, count in enumerate(kept))
-        for share, patches in _told(shares, calls, f"{model.source.category}: coresets of shares"):
+        for share, (patches, squared) in _told(shares, calls, f"{model.source.category}: coresets of shares"):
             np.copyto(places[share].numpy(), patches)
-        return cls(model, shares, rows, kept, buffers)
+            np.copyto(reach_places[share].numpy(), squared)
+        return cls(model, shares, rows, reaches, kept, buffers)
 
     def bank(self) -> torch.Tensor:
         """Return the memory bank float32 [M, D] of all images: the second round."""
@@ -194,7 +232,9 @@ class ShardedBank:
         wanted = num_selected(images * self._model.patches_per_image, self._model.config.sampler.percentage)
         points = self._points.subset(candidates)
         count = min(wanted, len(points))
-        chosen = candidates[_greedy(self._model).select_number(points, count, self._model.random_numbers(*purpose))]
+        numbers = self._model.random_numbers(*purpose)
+        picks = _greedy(self._model).select_number(points, count, numbers, self._handicaps[candidates])
+        chosen = candidates[picks]
         return torch.index_select(self._rows, 0, chosen, out=self._buffers.empty(len(chosen), self._rows.shape[1]))
 
     def out_of_fold_calibration(self) -> Calibration:
