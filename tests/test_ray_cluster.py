@@ -11,15 +11,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from conftest import REPOSITORY, small_run, write_category
 from in_process import invoke
-from PIL import Image
-from test_predict import example
 
 import patchcore
-from patchcore.cli import predict, run_patchcore
+from patchcore.cli import run_patchcore
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("ray", reason="the package ray is not installed: pip install '.[distributed]'")
@@ -60,9 +57,9 @@ def arguments(data: Path, out: Path, *launch: object) -> list[str]:
     return [str(part) for part in (*typed, *small_run(data, *CATEGORIES))]
 
 
-def start(arguments: list[str], script: str = "run_patchcore.py") -> subprocess.Popen[str]:
+def start(arguments: list[str]) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, str(REPOSITORY / "bin" / script), *arguments],
+        [sys.executable, str(REPOSITORY / "bin" / "run_patchcore.py"), *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -131,37 +128,6 @@ def test_tables_are_complete_and_equal_although_a_node_is_killed(data: Path, tmp
     assert seeds[0].read_bytes() == seeds[1].read_bytes()
     again = invoke(run_patchcore, *arguments(data, tmp_path / "ray", *launch, "--skip_existing"))
     assert again.code == 0 and again.err.count("finished before, skipped") == len(SEEDS) * len(CATEGORIES)
-
-
-def test_predictions_are_complete_and_equal_although_a_node_is_killed(tmp_path: Path, cluster: Any) -> None:
-    example("autoencoder").save(tmp_path / "model")
-    (tmp_path / "in").mkdir()
-    rng = np.random.default_rng(0)
-    for number in range(60):  # large: their outputs take longer than it takes to kill a node
-        image = rng.integers(90, 160, (700, 700, 3), dtype=np.uint8)
-        Image.fromarray(image).save(tmp_path / "in" / f"{number:02d}.png")
-    typed = ["--device", "cpu", "--threads", "1", "--batch_size", "2", "--json", "--out"]
-    inputs = [str(tmp_path / "model"), str(tmp_path / "in"), *typed]
-    alone = invoke(predict, *inputs, tmp_path / "alone")
-    assert alone.code == 0
-    node = cluster.add_node(num_cpus=1)
-    num_nodes = len(cluster.list_all_nodes())
-    launch = ["--launcher", "ray", "--ray_address", cluster.address]
-    process = start([*inputs, str(tmp_path / "ray"), *launch], "predict.py")
-    try:
-        # A log is there for as long as its task runs: with as many of them all nodes are at work.
-        at_work = tmp_path / "ray" / "logs"
-        wait_for(lambda: process.poll() is not None or len(list(at_work.glob("*.log"))) >= num_nodes)
-        cluster.remove_node(node, allow_graceful=False)
-        out, err = process.communicate(timeout=600)
-    finally:
-        process.kill()
-    assert process.returncode == 0, err
-    assert "was lost: what ran there is done anew elsewhere" in err
-    assert out == alone.out and len(out.splitlines()) == 60
-    trees = [{p.relative_to(f): p.read_bytes() for p in f.rglob("*") if p.is_file()}
-             for f in (tmp_path / "alone", tmp_path / "ray")]  # fmt: skip
-    assert trees[0] == trees[1] and len(trees[1]) == 3 * 60 + 1
 
 
 def logs(folder: Path) -> list[Path]:
