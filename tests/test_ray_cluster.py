@@ -8,15 +8,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import REPOSITORY, small_run, write_category
 from in_process import invoke
+from test_sharded_bank import ClusterInThisProcess
 
 import patchcore
+import patchcore.pipeline
 from patchcore.cli import run_patchcore
+from patchcore.storage.model_folder import read_model_tensors
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("ray", reason="the package ray is not installed: pip install '.[distributed]'")
@@ -102,6 +106,25 @@ def test_nodes_that_have_other_versions_or_do_not_see_the_data_are_named(
         assert done.code == 2 and len(done.error_lines) == 1
         assert re.match(rf"error: node .* does not see '/proc/self/fd/{handle}.*': use a path that all", done.err)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_bank_in_shares_is_the_same_wherever_the_shares_are_read(
+    data: Path, tmp_path: Path, cluster: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launch = ("--launcher", "ray", "--ray_address", cluster.address, "--shards", 3, "--save_patchcore_model")
+    done = invoke(run_patchcore, *arguments(data, tmp_path / "ray", *launch))
+    assert done.code == 0, done.err
+    with monkeypatch.context() as patch:
+        patch.setattr(patchcore.pipeline, "open_executor", lambda *_: nullcontext(ClusterInThisProcess()))
+        assert invoke(run_patchcore, *arguments(data, tmp_path / "here", *launch)).code == 0
+    for seed in SEEDS:
+        ray, here = (tmp_path / name / "project" / f"group_S{seed}" for name in ("ray", "here"))
+        for table in TABLES:
+            assert (ray / table).read_bytes() == (here / table).read_bytes()
+        for category in CATEGORIES:
+            banks = [read_model_tensors(f / "models" / f"mpdd_{category}")["memory_bank"] for f in (ray, here)]
+            assert banks[0].equal(banks[1])
+            assert len(list((ray / "logs").glob(f"{category}_{seed}_share*.log"))) == 3
 
 
 def test_tables_are_complete_and_equal_although_a_node_is_killed(data: Path, tmp_path: Path, cluster: Any) -> None:

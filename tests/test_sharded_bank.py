@@ -127,7 +127,7 @@ def test_the_bank_is_what_a_selection_by_hand_gives(extractor: FeatureExtractor,
     for (share, _), (part, _) in zip(shares.calls, local, strict=True):
         assert is_among(torch.from_numpy(part), rows[shares.images[share]].flatten(0, 1)).all()
     union = torch.from_numpy(np.concatenate([part for part, _ in local]))
-    handicaps = 0.5 * torch.from_numpy(np.concatenate([reaches for _, reaches in local]))
+    handicaps = 0.25 * torch.from_numpy(np.concatenate([reaches for _, reaches in local]))
     points = model.sampler.reduce(union, model.random_numbers("coreset"))
     starts = torch.randperm(len(union), generator=model.random_numbers("selection"))[:10]
     distances = torch.cdist(points[slice(None)], points[starts]).mean(dim=1).square()

@@ -80,7 +80,9 @@ class Executor(Protocol):
         """Raise ConfigurationError unless the paths exist wherever a task may run."""
 
     def run(self, jobs: Iterable[Job]) -> Generator[Ended, None, None]:
-        """Run jobs and yield each as it ends; closing the iterator ends those that still run.
+        """Run jobs and yield each as it ends; closing the iterator hands out no more.
+
+        What still runs then ends with the executor at the latest.
 
         Args:
             jobs: Taken one by one as there is room for them, as late as possible.

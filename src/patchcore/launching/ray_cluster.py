@@ -138,25 +138,23 @@ class RayCluster:
         waiting, taken = enumerate(jobs), 0
         running: dict[Any, tuple[int, Job]] = {}  # in the order of the jobs
         known = {node["NodeID"]: node for node in _alive_nodes()}
-        try:
-            while True:
-                first = next(iter(running.values()))[0] if running else taken
-                for number, job in itertools.islice(waiting, first + TASKS_AHEAD - taken):
-                    running[remote.options(name=job.name).remote(job)] = number, job
-                    taken = number + 1
-                if not running:
-                    break
-                done, _ = ray.wait(list(running), num_returns=1, timeout=WATCH_SECONDS)
-                for reference in done:
-                    yield self._ended(running.pop(reference)[1], reference)
-                known = self._without_lost(known)
-                if not done and not self._has_room(known):
-                    for _, job in itertools.chain(running.values(), waiting):
-                        yield Ended(job.key, None, lost="no node with room for it is left: call again with more nodes")
-                    break
-        finally:
-            for reference in running:
-                ray.cancel(reference, force=True)
+        # Tasks that nobody awaits any more are left to `close`: `ray.cancel` of one that is just ending brought down
+        # the whole process (Ray 2.60).
+        while True:
+            first = next(iter(running.values()))[0] if running else taken
+            for number, job in itertools.islice(waiting, first + TASKS_AHEAD - taken):
+                running[remote.options(name=job.name).remote(job)] = number, job
+                taken = number + 1
+            if not running:
+                break
+            done, _ = ray.wait(list(running), num_returns=1, timeout=WATCH_SECONDS)
+            for reference in done:
+                yield self._ended(running.pop(reference)[1], reference)
+            known = self._without_lost(known)
+            if not done and not self._has_room(known):
+                for _, job in itertools.chain(running.values(), waiting):
+                    yield Ended(job.key, None, lost="no node with room for it is left: call again with more nodes")
+                break
 
     def _ended(self, job: Job, reference: Any) -> Ended:
         import ray
