@@ -20,7 +20,7 @@ from pathlib import Path
 
 from patchcore.configs import DemoConfig
 from patchcore.datasets.demo import render_demo_dataset
-from patchcore.runtime import available_cpus
+from patchcore.runtime import available_cpus, progress
 
 REPOSITORY = Path(__file__).parents[1]
 FURTHER_TASKS = 8
@@ -88,7 +88,7 @@ def measure(launch: Launch, data: Path, category: str, repeats: int) -> Times:
     """Time the commands by turns."""
     seconds: dict[int, list[float]] = {1: [], 1 + FURTHER_TASKS: []}
     for _ in range(repeats):
-        for num_seeds, taken in seconds.items():
+        for num_seeds, taken in progress(seconds.items(), launch.name):
             with tempfile.TemporaryDirectory(prefix="launchers_") as out:
                 started = time.perf_counter()
                 subprocess.run(
@@ -133,9 +133,8 @@ def main() -> None:
         if options.data is None:
             render_demo_dataset(Path(rendered), DemoConfig(categories=(options.category,)))
         data = options.data or Path(rendered)
-        measured = [
-            (launch, measure(launch, data, options.category, options.repeats)) for launch in launches(options.threads)
-        ]
+        ways = progress(launches(options.threads), "launchers")
+        measured = [(launch, measure(launch, data, options.category, options.repeats)) for launch in ways]
     print(f"{HEADER}\n|{'---|' * HEADER.count(' | ')}---|")
     print("\n".join(rows(measured)))
 
