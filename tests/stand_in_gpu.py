@@ -11,12 +11,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
+from weakref import WeakValueDictionary
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from patchcore.features import layers
 from patchcore.methods import staging
 
 GPU = torch.device("cuda", 0)
@@ -125,6 +127,9 @@ def stand_in_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandInGpu]:
     torch._C._ensureCUDADeviceGuardSet()  # type: ignore[attr-defined]  # else indexing asks the driver
     monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)  # which looks for a driver
     monkeypatch.setattr(torch.__future__, "_overwrite_module_params_on_conversion", True)  # they keep their type else
+    monkeypatch.setattr(
+        layers, "_EXTRACTORS", WeakValueDictionary()
+    )  # one that is there would be moved, for others too
     done: Callable[[], None] = lambda: None  # noqa: E731
     monkeypatch.setattr(staging, "_mark_on", lambda device: SimpleNamespace(synchronize=done))
     monkeypatch.setattr(staging, "_page_locked", torch.empty)
