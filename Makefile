@@ -63,6 +63,8 @@ bench-full: bench
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/launchers.py $(MEASURED)
+	$(BIN)/python benchmarks/shards.py --data "$(or $(DATA),demo/data)" --category "$(CATEGORY)"
+	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/fastflow.py
 	$(BIN)/python benchmarks/fastflow_tiles.py
 
