@@ -16,7 +16,7 @@ from test_patchcore import CPU, PREPROCESSING, Batches, build, random_images
 import patchcore.pipeline
 from patchcore.class_shares import Crew
 from patchcore.cli import run_patchcore
-from patchcore.configs import LaunchConfig, RuntimeConfig, SamplerConfig, ShardsConfig, TrainingSource
+from patchcore.configs import LaunchConfig, RuntimeConfig, SamplerConfig, ShardsConfig
 from patchcore.detector import ImageBatches, TrainingPlan
 from patchcore.errors import ConfigurationError, DataError
 from patchcore.features.extractor import FeatureExtractor, build_extractor
@@ -363,4 +363,3 @@ def test_images_are_divided_at_random_and_evenly(data: Path, tmp_path: Path) -> 
         assert sorted(torch.cat(list(images)).tolist()) == list(range(7))
         assert sorted(map(len, images)) == [2, 2, 3]
     assert len({tuple(images[0].tolist()) for images in divided}) > 1
-    assert TrainingSource("mpdd", "plate", 0).seed == 0

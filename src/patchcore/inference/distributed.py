@@ -159,6 +159,7 @@ class DistributedRecorder:
         self._executor = executor
         self._folder = folder
         self._said: set[Message] = set()
+        self._handed_out: dict[int, ScoreImages] = {}
 
     def open_model(self) -> ModelAbilities:
         """Open the model in a worker.
@@ -176,30 +177,30 @@ class DistributedRecorder:
         return abilities
 
     def records(self, files: Sequence[InputFile]) -> Generator[FileRecord, None, None]:
-        names, handed_out = OutputNames(), dict[int, ScoreImages]()
-        size = task_size(len(files), self.job.batch_size)
-        try:
-            with closing(self._executor.run(self._jobs(files, size, handed_out))) as ended:
-                for end in in_order(ended):
-                    self._say(end.messages)
-                    task = handed_out.pop(end.key)
-                    results = self._lost(task.files, end.lost) if end.lost else end.value
-                    part = files[end.key * size : (end.key + 1) * size]
-                    for file, (written, told) in zip(part, results, strict=True):
-                        name = names.claim(file.label) if written else ""
-                        yield file, name, told if name == written else self._renamed(written, name, told)
-        finally:
-            for task in handed_out.values():  # ended with this command
-                task.log.unlink(missing_ok=True)
+        names, size = OutputNames(), task_size(len(files), self.job.batch_size)
+        with closing(self._executor.run(self._jobs(files, size))) as ended:
+            for end in in_order(ended):
+                self._say(end.messages)
+                task = self._handed_out.pop(end.key)
+                results = self._lost(task.files, end.lost) if end.lost else end.value
+                part = files[end.key * size : (end.key + 1) * size]
+                for file, (written, told) in zip(part, results, strict=True):
+                    name = names.claim(file.label) if written else ""
+                    yield file, name, told if name == written else self._renamed(written, name, told)
 
-    def _jobs(self, files: Sequence[InputFile], size: int, handed_out: dict[int, ScoreImages]) -> Iterator[Job]:
+    def remove_unfinished_logs(self) -> None:
+        """Remove the logs of tasks that have ended with this command; no worker may be at work any more."""
+        for task in self._handed_out.values():
+            task.log.unlink(missing_ok=True)
+
+    def _jobs(self, files: Sequence[InputFile], size: int) -> Iterator[Job]:
         """Yield the tasks, and enter each under its number as it is handed out."""
         expected = OutputNames()
         for number, first in enumerate(range(0, len(files), size)):
             part = files[first : first + size]
             log = self._log(f"images_{first + 1}", self.job.out)
             named = tuple(InputFile(file.path, expected.claim(file.label)) for file in part)
-            task = handed_out[number] = ScoreImages(self.job, self._folder, log, named)
+            task = self._handed_out[number] = ScoreImages(self.job, self._folder, log, named)
             yield Job(number, f"images {first + 1} to {first + len(part)}", log, task)
 
     def _lost(self, files: Sequence[InputFile], why: str) -> list[Told]:
@@ -265,6 +266,7 @@ def opened_workers(job: PredictionJob, announce: Callable[[str], None]) -> Itera
                 yield recorder
             finally:
                 workers.close()  # nobody writes any more
+                recorder.remove_unfinished_logs()
                 _tidy_up(job.out)
 
 
